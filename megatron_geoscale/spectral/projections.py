@@ -1,0 +1,95 @@
+"""One attention layer's projections per head, with the norm in front of them folded in (THEORY 1).
+
+Everything in `spectral` and `bounds` computes in float64, whatever the dtype of the weights, for three reasons. A
+bound that rounding can undercut certifies nothing; weights of 1e-30 and 1e+30 are squared twice on the way to a norm
+and would leave the range of float32; and a result that is rounded to float32 at the end is the same whatever the
+number of heads in the batch, because the order in which float64 sums are taken changes only digits that are dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Folded projections of one layer (or of a rank's share of its heads): float64, heads of a group contiguous.
+
+    q: [n_q, d_h, d]; k, v: [n_kv, d_h, d]; biases [n, d_h], or None where the layer has neither a projection bias nor
+    a norm shift.
+    """
+
+    q: Tensor
+    q_bias: Tensor | None
+    k: Tensor
+    k_bias: Tensor | None
+    v: Tensor
+    v_bias: Tensor | None
+
+
+def split_linear_qkv(
+    weight: Tensor, bias: Tensor | None, *, num_groups: int, heads_per_group: int, head_dim: int
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Take Megatron's fused projection apart: (w_q, b_q, w_k, b_k, w_v, b_v), in the dtype of `weight`.
+
+    weight: [num_groups * (heads_per_group + 2) * head_dim, d], bias: [the same rows] or None. Megatron interleaves the
+    rows per query group: the group's query heads, then its key, then its value. `num_groups` counts the groups of this
+    shard. Returns w_q [num_groups * heads_per_group, head_dim, d], w_k and w_v [num_groups, head_dim, d], and biases
+    [n, head_dim] or None. ValueError if the rows do not add up.
+    """
+    rows = num_groups * (heads_per_group + 2) * head_dim
+    if weight.dim() != 2 or weight.shape[0] != rows:
+        raise ValueError(
+            f"linear_qkv weight has shape {list(weight.shape)}, but {num_groups} groups of {heads_per_group} query "
+            f"heads with head dimension {head_dim} need {rows} rows."
+        )
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(f"linear_qkv bias has shape {list(bias.shape)}, but its weight has {rows} rows.")
+
+    def split(rows_of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grouped = rows_of.reshape(num_groups, heads_per_group + 2, head_dim, *rows_of.shape[1:])
+        return grouped[:, :heads_per_group].flatten(0, 1), grouped[:, -2], grouped[:, -1]
+
+    w_q, w_k, w_v = split(weight)
+    b_q, b_k, b_v = split(bias) if bias is not None else (None, None, None)
+    return w_q, b_q, w_k, b_k, w_v, b_v
+
+
+def fold_norm(
+    w: Tensor, b: Tensor | None, *, gain: Tensor | None, shift: Tensor | None, zero_mean: bool, unit_roundoff: float
+) -> tuple[Tensor, Tensor | None]:
+    """Fold the norm's gain and shift into a projection (THEORY 1): (A, a) with W norm(h) + b = A xhat + a, in float64.
+
+    w: [n, d_h, d], b: [n, d_h] or None; gain, shift: [d] or None (a zero-centred gain is passed as 1 + weight).
+    A: [n, d_h, d]; a: [n, d_h], or None if there is neither bias nor shift. `unit_roundoff`: relative rounding error u
+    of the dtype in which the norm writes its output (2**-8 for bfloat16, 2**-24 for float32).
+
+    zero_mean (LayerNorm): in exact arithmetic xhat has mean zero and A could lose its common mode, each row's mean,
+    entirely. In arithmetic with unit roundoff u the mean is zero only up to |s| <= u sqrt(d), where
+    xhat = x_perp + s 1/sqrt(d) and x_perp is orthogonal to the vector 1 of ones. So a fraction eps = sqrt(u) of the
+    common mode is kept: A' = A P with P = I - (1 - eps) 1 1^T / d. Then A xhat = A' y for
+    y = P^-1 xhat = x_perp + (s / eps) 1/sqrt(d), and ||y||^2 <= d + (u / eps)^2 d = d (1 + u): a bound made from A'
+    holds for the computed xhat with `input_norm_bound` as the radius of the inputs, y taking the place of xhat.
+    """
+    weight = w.detach().to(torch.float64)
+    offset = None if b is None else b.detach().to(torch.float64)
+    if shift is not None:
+        from_shift = weight @ shift.detach().to(torch.float64)
+        offset = from_shift if offset is None else offset + from_shift
+    folded = weight if gain is None else weight * gain.detach().to(torch.float64)
+    if zero_mean:
+        folded = folded - (1.0 - math.sqrt(unit_roundoff)) * folded.mean(dim=-1, keepdim=True)
+    return folded, offset
+
+
+def input_norm_bound(hidden_size: int, *, unit_roundoff: float) -> float:
+    """sqrt(d (1 + u)): the radius of the inputs that projections folded by `fold_norm` may meet (THEORY 1).
+
+    RMSNorm and LayerNorm give ||xhat||_2 <= sqrt(d) for any epsilon >= 0; the factor pays for the part of LayerNorm's
+    mean that rounding leaves (see `fold_norm`). Rounding of the values themselves is `bounds.rounding_allowance`.
+    """
+    return math.sqrt(hidden_size * (1.0 + unit_roundoff))
