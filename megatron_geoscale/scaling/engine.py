@@ -1,0 +1,161 @@
+"""The engine: reads the attention weights, bounds what attention will cast, and swaps the scale table.
+
+    weights -> norms (spectral) -> bounds -> scales -> ScaleTable -> attention
+
+`GeoScaleEngine.attach(model_chunks, config)` finds the layers and gives each one's core attention its scaler;
+`engine.refresh()` makes the table agree with the weights. Call it on every rank before the forward pass that follows
+a change of the weights (an applied optimizer step, a load). It holds one MAX all-reduce over the whole job, of
+[layers, bounds] numbers: over tensor-parallel ranks it joins the heads of a layer, over pipeline stages it completes
+the table, over data-parallel replicas it changes nothing, and it carries the news of a non-finite weight to everyone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_geoscale.bounds import alpha
+from megatron_geoscale.bounds.logits import certified_logit_bound, isotropic_logit_bound
+from megatron_geoscale.bounds.tensors import entry_bound, isotropic_input_norm, vector_norm_bound
+from megatron_geoscale.config import GeoScaleConfig
+from megatron_geoscale.scaling import guard
+from megatron_geoscale.scaling.estimator import SigmaEstimator
+from megatron_geoscale.scaling.gauge import SlotGauge
+from megatron_geoscale.scaling.layers import AttentionLayer, find_attention_layers, refuse_unbounded
+from megatron_geoscale.scaling.table import BOUNDS, ScaleTable, digest
+from megatron_geoscale.scaling.slot_scales import TableScaler, scales_from_bounds
+from megatron_geoscale.spectral.gram import gram
+from megatron_geoscale.spectral.projections import Projections, input_norm_bound
+
+
+class GeoScaleEngine:
+    """Scales for the FP8 attention of one Megatron model, predicted from its weights. Make it with `attach`."""
+
+    def __init__(self, layers: Sequence[AttentionLayer], config: GeoScaleConfig, *, device: torch.device) -> None:
+        self.config = config
+        self.layers = list(layers)
+        num_layers = self.layers[0].attention.config.num_layers
+        self.table = ScaleTable(num_layers, device)
+        self.gauge = SlotGauge(num_layers, device)
+        self.estimator = SigmaEstimator(self.layers, config)
+        self.refresh_ms = 0.0
+        """Wall time of the last refresh, milliseconds."""
+
+    @classmethod
+    def attach(cls, model_chunks: Sequence[torch.nn.Module], config: GeoScaleConfig) -> GeoScaleEngine:
+        """Find every self-attention layer of this rank's model chunks and give its core attention a scaler.
+
+        The table is empty until the first `refresh`. Raises ValueError for a recipe that is no function of the
+        weights and for models that the bounds do not cover (`refuse_unbounded`).
+        """
+        if not config.is_geometric:
+            raise ValueError(f"--geoscale-recipe {config.recipe} takes no scale from the weights: nothing to attach")
+        layers = find_attention_layers(model_chunks)
+        for layer in layers:
+            refuse_unbounded(layer)
+        engine = cls(layers, config, device=layers[0].attention.linear_qkv.weight.device)
+        for layer in engine.layers:
+            layer.core_attention.scaler = TableScaler(engine.table, engine.gauge, layer)
+        return engine
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """float32 [num_layers, len(SLOTS)], every layer of the model."""
+        return self.table.scales
+
+    def digest(self) -> str:
+        """Hash of the whole table, equal on every rank."""
+        return digest(self.table.scales)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the table agree with the weights. Collective over the whole job.
+
+        Raises NonFiniteWeightsError, the same on every rank, before anything is swapped.
+        """
+        start = time.perf_counter()
+        rows = torch.zeros(len(self.table.bounds), len(BOUNDS) + 1, dtype=torch.float64)
+        layer_sigma = self.estimator.begin()
+        for layer in self.layers:
+            projections = layer.projections()
+            code = guard.find_nonfinite(
+                projections, first_head=layer.first_head, heads_per_group=layer.heads_per_group
+            )
+            if code:
+                rows[layer.number - 1, -1] = code
+                continue
+            bounds = self._bound(layer, projections, layer_sigma.get(layer.number))
+            rows[layer.number - 1, :-1] = torch.stack([bounds[name].max() for name in BOUNDS])
+        rows = rows.to(self.table.bounds.device)
+        if dist.is_initialized():
+            dist.all_reduce(rows, op=dist.ReduceOp.MAX)
+        guard.raise_if_nonfinite(rows[:, -1])
+        bounds = rows[:, :-1]
+        self.table.swap(scales_from_bounds(bounds, self.layers[0], self.config), bounds)
+        self.refresh_ms = (time.perf_counter() - start) * 1e3
+
+    def _bound(self, layer: AttentionLayer, p: Projections, sigma: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """The columns of BOUNDS for the rank's heads of one layer, [heads] or [groups] each."""
+        g_q, g_k, g_v = gram(p.q), gram(p.k), gram(p.v)
+        if sigma is None:
+            sigma = self.estimator.head_sigma(layer, p, (g_q, g_k))
+        input_norm = input_norm_bound(layer.hidden_size, unit_roundoff=layer.unit_roundoff)
+        logit_args: dict[str, Any] = {
+            "rotary_dim": layer.rotary_dim,
+            "interleaved": layer.config.rotary_interleaved,
+            "softmax_scale": layer.softmax_scale,
+            "input_norm": input_norm,
+            "grams": (g_q, g_k),
+        }
+        entry_norm = input_norm
+        if self.config.recipe == "paper":
+            entry_norm = self._isotropic_input_norm(layer)
+            sigma_bound = sigma
+            logit_bound = isotropic_logit_bound(sigma, p, alpha=self._alpha(layer), **logit_args)
+        else:
+            sigma_bound, logit_bound = certified_logit_bound(p, **logit_args)
+        rotary = {"rotary_dim": layer.rotary_dim, "interleaved": layer.config.rotary_interleaved, "input_norm": entry_norm}
+        return {
+            "sigma": sigma,
+            "sigma_bound": sigma_bound,
+            "logit_bound": logit_bound,
+            "amax_q": entry_bound(p.q, p.q_bias, gram=g_q, **rotary),
+            "amax_k": entry_bound(p.k, p.k_bias, gram=g_k, **rotary),
+            "amax_v": entry_bound(p.v, p.v_bias, gram=g_v, rotary_dim=0, input_norm=entry_norm),
+            "query_norm": vector_norm_bound(p.q, p.q_bias, gram=g_q, input_norm=input_norm),
+            "key_norm": vector_norm_bound(p.k, p.k_bias, gram=g_k, input_norm=input_norm),
+            "value_norm": vector_norm_bound(p.v, p.v_bias, gram=g_v, input_norm=input_norm),
+        }
+
+    def _num_tokens(self, layer: AttentionLayer) -> int:
+        """(token, head, layer) triples of one sequence, what the isotropic bounds are to cover at once (THEORY 4)."""
+        return len(self.table.bounds) * layer.num_heads * layer.max_sequence_length
+
+    def _alpha(self, layer: AttentionLayer) -> float:
+        num_tokens = self._num_tokens(layer)
+        return alpha.rank_aware(
+            layer.hidden_size,
+            layer.head_dim,
+            num_pairs=num_tokens * layer.max_sequence_length,
+            num_tokens=num_tokens,
+            delta=self.config.failure_probability,
+        )
+
+    def _isotropic_input_norm(self, layer: AttentionLayer) -> float:
+        """What stands for the input's norm in an entry's bound when tokens are isotropic (THEORY 5.1)."""
+        num_entries = 3 * self._num_tokens(layer) * layer.head_dim  # of Q, K and V
+        return isotropic_input_norm(
+            layer.hidden_size, num_entries=num_entries, delta=self.config.failure_probability
+        )
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """State for the distributed checkpoint: the estimator's. Scales are never saved, they follow from weights."""
+        return self.estimator.sharded_state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `sharded_state_dict` saved."""
+        self.estimator.load_state_dict(state)

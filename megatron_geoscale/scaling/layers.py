@@ -1,0 +1,190 @@
+"""Finds the attention layers of a Megatron model and reads their weights as the next forward will use them.
+
+Everything that knows the names of megatron-core's modules is here; `spectral` and `bounds` see plain tensors. What
+the bounds do not cover yet is refused here by its flag, when the engine attaches, never bounded wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import unwrap_model
+
+from megatron_geoscale.spectral.projections import Projections, fold_norm, split_linear_qkv
+
+ROTARY_KINDS = {"rope": True, "learned_absolute": False, "none": False}
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One self-attention layer of this rank: where its weights are, and the constants that its bounds need."""
+
+    number: int
+    """Global layer number, from 1, all pipeline stages and chunks included."""
+    attention: SelfAttention
+    input_norm: torch.nn.Module
+    """The module that holds the gain applied just before `linear_qkv`: a norm, or TE's fused linear."""
+    position_embedding_type: str
+    rotary_percent: float
+    max_sequence_length: int
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.attention.config
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of the head's dimensions RoPE rotates."""
+        rotary = ROTARY_KINDS[self.position_embedding_type]
+        return int(self.head_dim * min(1.0, self.rotary_percent)) if rotary else 0
+
+    @property
+    def zero_mean(self) -> bool:
+        """Whether normalised tokens have mean zero."""
+        return self.config.normalization == "LayerNorm"
+
+    @property
+    def softmax_scale(self) -> float:
+        return float(self.core_attention.softmax_scale)
+
+    @property
+    def dropout(self) -> float:
+        return float(self.core_attention.attention_dropout)
+
+    @property
+    def core_attention(self) -> torch.nn.Module:
+        return self.attention.core_attention
+
+    @property
+    def tp_group(self) -> torch.distributed.ProcessGroup:
+        return self.attention.linear_qkv.tp_group
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of the whole layer."""
+        return self.config.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.hidden_size_per_attention_head
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def num_local_heads(self) -> int:
+        """Query heads of this tensor-parallel rank."""
+        return self.attention.num_attention_heads_per_partition
+
+    @property
+    def first_head(self) -> int:
+        """Global number, from 0, of this rank's first query head."""
+        return self.tp_group.rank() * self.num_local_heads
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_local_heads // self.attention.num_query_groups_per_partition
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic that makes Q, K and V."""
+        return self.attention.linear_qkv.weight.dtype
+
+    @property
+    def unit_roundoff(self) -> float:
+        return torch.finfo(self.dtype).eps / 2
+
+    @torch.no_grad()
+    def projections(self) -> Projections:
+        """This rank's heads with norm gain, norm bias and projection bias folded in (THEORY 1), float64."""
+        linear, norm = self.attention.linear_qkv, self.input_norm
+        fused = norm is linear
+        gain = getattr(norm, "layer_norm_weight" if fused else "weight").double()
+        shift = getattr(norm, "layer_norm_bias" if fused else "bias", None)
+        if self.config.layernorm_zero_centered_gamma:
+            gain = gain + 1.0
+        bias = getattr(linear, "bias", None)
+        if bias is not None and bias.numel() == 0:  # TE keeps an empty tensor where there is no bias
+            bias = None
+        w_q, b_q, w_k, b_k, w_v, b_v = split_linear_qkv(
+            linear.weight,
+            bias,
+            num_groups=self.attention.num_query_groups_per_partition,
+            heads_per_group=self.heads_per_group,
+            head_dim=self.head_dim,
+        )
+        folded = []
+        for weight, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v)):
+            folded += fold_norm(
+                weight, b, gain=gain, shift=shift, zero_mean=self.zero_mean, unit_roundoff=self.unit_roundoff
+            )
+        return Projections(*folded)
+
+
+def find_attention_layers(model_chunks: Sequence[torch.nn.Module]) -> list[AttentionLayer]:
+    """Every self-attention layer of `model_chunks` (wrapped in DDP and Float16Module or not), in layer order.
+
+    Raises ValueError where no layer's core attention takes FP8 scales.
+    """
+    layers: list[AttentionLayer] = []
+    for chunk in model_chunks:
+        model = unwrap_model(chunk)
+        layers += [_describe(model, layer) for layer in _transformer_layers(model)]
+    if not layers:
+        raise ValueError(
+            "no attention layer with FP8 attention was found in the model: build it from a layer spec that "
+            "megatron_geoscale.attention.spec.use_emulated_attention has been applied to"
+        )
+    return sorted(layers, key=lambda layer: layer.number)
+
+
+def _transformer_layers(model: torch.nn.Module) -> Iterator[TransformerLayer]:
+    for module in model.modules():
+        if isinstance(module, TransformerLayer) and hasattr(
+            getattr(module.self_attention, "core_attention", None), "scaler"
+        ):
+            yield module
+
+
+def _describe(model: torch.nn.Module, layer: TransformerLayer) -> AttentionLayer:
+    linear = getattr(layer.self_attention, "linear_qkv", None)
+    fused = getattr(linear, "layer_norm_weight", None) is not None
+    return AttentionLayer(
+        number=layer.layer_number,
+        attention=layer.self_attention,
+        input_norm=linear if fused else layer.input_layernorm,
+        position_embedding_type=getattr(model, "position_embedding_type", "none"),
+        rotary_percent=getattr(model, "rotary_percent", 1.0),
+        max_sequence_length=model.max_sequence_length,
+    )
+
+
+def refuse_unbounded(layer: AttentionLayer) -> None:
+    """Raise ValueError, in one sentence naming layer and flag, where the bounds do not cover `layer`."""
+    config, position = layer.config, layer.position_embedding_type
+    for unsupported, what in (
+        (config.multi_latent_attention, "--multi-latent-attention"),
+        (not isinstance(layer.attention, SelfAttention), f"{type(layer.attention).__name__} as self attention"),
+        (config.qk_layernorm, "--qk-layernorm"),
+        (getattr(config, "attention_output_gate", False), "--attention-output-gate"),
+        (config.apply_query_key_layer_scaling, "--apply-query-key-layer-scaling"),
+        (position not in ROTARY_KINDS, f"--position-embedding-type {position}"),
+        (
+            config.num_query_groups < config.tensor_model_parallel_size,
+            "--num-query-groups below --tensor-model-parallel-size",
+        ),
+        (
+            isinstance(layer.input_norm, IdentityOp) or config.normalization not in ("LayerNorm", "RMSNorm"),
+            "attention whose input is not normalised by LayerNorm or RMSNorm",
+        ),
+    ):
+        if unsupported:
+            raise ValueError(f"layer {layer.number}: {what} has no certified bound yet, so --geoscale-recipe must be "
+                             "delayed, current or none")

@@ -1,0 +1,97 @@
+"""From bounds to scales, slot by slot (THEORY 5, 5.1), and the scaler that reads them back at the cast.
+
+The bounds hold in exact arithmetic. What the layer's own rounding and the casts before a slot can add is put on top
+here, so that with margin 1 the scaled value still does not exceed the FP8 maximum: a cast to E4M3 moves a value by at
+most 1/16 of itself, or by half the smallest subnormal.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_geoscale.bounds.tensors import rounding_allowance
+from megatron_geoscale.config import GeoScaleConfig
+from megatron_geoscale.scaling.formats import E4M3, SLOT_FORMATS, max_abs, scale_from_amax
+from megatron_geoscale.scaling.gauge import SlotGauge
+from megatron_geoscale.scaling.layers import AttentionLayer
+from megatron_geoscale.scaling.slots import BACKWARD_SLOTS, SLOTS
+from megatron_geoscale.scaling.table import BOUNDS, ScaleTable
+
+E4M3_ROUNDING = 2.0**-4
+"""Largest relative error of a cast to a normal E4M3 number: half a unit in the last of 3 mantissa bits."""
+E5M2_ROUNDING = 2.0**-3
+E4M3_SUBNORMAL = 2.0**-10
+"""Largest error of a cast to a subnormal E4M3 number, in scaled units: half of the smallest, 2**-9."""
+FP32_SLACK = 2.0**-10
+"""Relative room for the float32 sums of attention itself, at most a few thousand terms of roundoff 2**-24 each."""
+
+
+def scales_from_bounds(bounds: torch.Tensor, layer: AttentionLayer, config: GeoScaleConfig) -> torch.Tensor:
+    """Scales float32 [num_layers, len(SLOTS)] from bounds float64 [num_layers, len(BOUNDS)].
+
+    `layer` gives the constants that all layers share. The backward slots stay 0: `TableScaler` scales them from dO.
+    """
+    bound = dict(zip(BOUNDS, bounds.unbind(1), strict=True))
+    scale = dict.fromkeys(SLOTS, torch.zeros_like(bound["sigma"], dtype=torch.float32))
+    allowance = rounding_allowance(layer.hidden_size, unit_roundoff=layer.unit_roundoff)
+    keep = 1.0 - layer.dropout
+
+    amax_qkv = torch.maximum(torch.maximum(bound["amax_q"], bound["amax_k"]), bound["amax_v"]) * allowance
+    scale["qkv"] = scale_from_amax(amax_qkv, E4M3, margin=config.margin)
+    subnormal = E4M3_SUBNORMAL / scale["qkv"].double()
+
+    # |q8.k8 - q.k| <= sum of |q||e_k| + |e_q||k| + |e_q||e_k|, with |e| <= max(|x|/16, subnormal) in every entry.
+    q_norm, k_norm = bound["query_norm"] * allowance, bound["key_norm"] * allowance
+    relative = (1.0 + E4M3_ROUNDING) ** 2 - 1.0
+    root = layer.head_dim**0.5 * subnormal
+    cast_error = relative * q_norm * k_norm + (1.0 + E4M3_ROUNDING) * root * (q_norm + k_norm) + root * root
+    amax_logits = (bound["logit_bound"] * allowance**2 + layer.softmax_scale * cast_error) * (1.0 + FP32_SLACK)
+    scale["logits"] = scale_from_amax(amax_logits, E4M3, margin=config.margin)
+
+    scale["s"] = scale_from_amax(torch.full_like(bound["sigma"], 1.0 / keep), E4M3)
+    # A row of probabilities sums to 1, after dropout to 1/keep at most; its casts can add 1/16, or a subnormal each.
+    row_sum = ((1.0 + E4M3_ROUNDING) + layer.max_sequence_length * E4M3_SUBNORMAL / E4M3.max) / keep
+    amax_o = (bound["amax_v"] * allowance * (1.0 + E4M3_ROUNDING) + subnormal) * row_sum * (1.0 + FP32_SLACK)
+    scale["o"] = scale_from_amax(amax_o, E4M3, margin=config.margin)
+    return torch.stack([scale[slot] for slot in SLOTS], dim=1)
+
+
+class TableScaler:
+    """One layer's `LayerScaler` (scaling.slots): forward scales from the table, backward ones from this step's dO.
+
+    dO is the only observation (THEORY 5.1): its amax scales its own cast, its largest row norm times the bound on
+    a value vector's norm scales dP, and dQ, dK, dV take their own amax, since dK and dV grow with the sequence. These
+    scales are powers of two, so gradients round alike however the heads are spread over tensor-parallel ranks, each of
+    which sees the amax of its own heads only.
+    """
+
+    def __init__(self, table: ScaleTable, gauge: SlotGauge, layer: AttentionLayer) -> None:
+        self._table, self._gauge, self._row = table, gauge, layer.number - 1
+        self._softmax_scale, self._keep, self._head_dim = layer.softmax_scale, 1.0 - layer.dropout, layer.head_dim
+        self._allowance = rounding_allowance(layer.hidden_size, unit_roundoff=layer.unit_roundoff)
+        self._used: dict[str, torch.Tensor] = {}
+
+    def scale(self, slot: str, *tensors: torch.Tensor) -> torch.Tensor:
+        """As `LayerScaler.scale`. `do`, dO as [s, b, heads, d_h], must be asked for before `dp`."""
+        if slot == "do":
+            self._do_norm = torch.linalg.vector_norm(tensors[0], dim=-1).amax()
+        if slot == "dp":
+            scale = scale_from_amax(self._dp_bound(), SLOT_FORMATS[slot], power_of_two=True)
+        elif slot in BACKWARD_SLOTS:
+            scale = scale_from_amax(max_abs(*tensors), SLOT_FORMATS[slot], power_of_two=True)
+        else:
+            scale = self._table.scales[self._row, SLOTS.index(slot)]
+        self._used[slot] = scale
+        return scale
+
+    def _dp_bound(self) -> torch.Tensor:
+        """Of dS * softmax_scale: half of max|dP| (|P(1-P)| <= 1/4 of a range of twice that), casts included."""
+        value_norm = self._table.bounds[self._row, BOUNDS.index("value_norm")] * self._allowance
+        subnormal = E4M3_SUBNORMAL / self._table.scales[self._row, SLOTS.index("qkv")].double()
+        value_norm = value_norm * (1.0 + E4M3_ROUNDING) + self._head_dim**0.5 * subnormal
+        amax_dp = self._do_norm.double() * (1.0 + E5M2_ROUNDING) * value_norm * (1.0 + FP32_SLACK)
+        return self._softmax_scale * 0.5 * amax_dp / self._keep
+
+    def observe(self, slot: str, amax: torch.Tensor, saturated: torch.Tensor, flushed: torch.Tensor) -> None:
+        """As `LayerScaler.observe`."""
+        self._gauge.observe(self._row, slot, amax, saturated, flushed, self._used[slot])
