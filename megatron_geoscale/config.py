@@ -44,9 +44,9 @@ class GeoScaleConfig:
     refresh_interval: int = 1
     """Applied optimizer steps between two refreshes. Above 1 the scales belong to older weights."""
     attention: str = "auto"
-    """`emulated`: FP8 attention in plain torch. `te`: Transformer Engine's fused kernels. `auto`: what this machine has."""
+    """`emulated`: FP8 attention in plain torch. `te`: Transformer Engine's kernels. `auto`: what this machine has."""
     logits_dtype: str = "fp32"
-    """`fp8` stores the logits themselves in E4M3 under the predicted logit scale, the paper's setting (emulated only)."""
+    """`fp8` stores the logits themselves in E4M3 under their predicted scale, the paper's setting (emulated only)."""
 
     def __post_init__(self) -> None:
         for name, allowed in (

@@ -26,10 +26,10 @@ from megatron_geoscale.scaling import guard
 from megatron_geoscale.scaling.estimator import SigmaEstimator
 from megatron_geoscale.scaling.gauge import SlotGauge
 from megatron_geoscale.scaling.layers import AttentionLayer, find_attention_layers, refuse_unbounded
-from megatron_geoscale.scaling.table import BOUNDS, ScaleTable, digest
 from megatron_geoscale.scaling.slot_scales import TableScaler, scales_from_bounds
+from megatron_geoscale.scaling.table import BOUNDS, ScaleTable, digest
 from megatron_geoscale.spectral.gram import gram
-from megatron_geoscale.spectral.projections import Projections, input_norm_bound
+from megatron_geoscale.spectral.projections import Projections
 
 
 class GeoScaleEngine:
@@ -103,32 +103,25 @@ class GeoScaleEngine:
         g_q, g_k, g_v = gram(p.q), gram(p.k), gram(p.v)
         if sigma is None:
             sigma = self.estimator.head_sigma(layer, p, (g_q, g_k))
-        input_norm = input_norm_bound(layer.hidden_size, unit_roundoff=layer.unit_roundoff)
-        logit_args: dict[str, Any] = {
-            "rotary_dim": layer.rotary_dim,
-            "interleaved": layer.config.rotary_interleaved,
-            "softmax_scale": layer.softmax_scale,
-            "input_norm": input_norm,
-            "grams": (g_q, g_k),
-        }
-        entry_norm = input_norm
+        rotary: dict[str, Any] = {"rotary_dim": layer.rotary_dim, "interleaved": layer.config.rotary_interleaved}
+        constants = {"softmax_scale": layer.softmax_scale, "input_norm": layer.input_norm, "grams": (g_q, g_k)}
+        entry_norm = layer.input_norm
         if self.config.recipe == "paper":
             entry_norm = self._isotropic_input_norm(layer)
             sigma_bound = sigma
-            logit_bound = isotropic_logit_bound(sigma, p, alpha=self._alpha(layer), **logit_args)
+            logit_bound = isotropic_logit_bound(sigma, p, alpha=self._alpha(layer), **constants, **rotary)
         else:
-            sigma_bound, logit_bound = certified_logit_bound(p, **logit_args)
-        rotary = {"rotary_dim": layer.rotary_dim, "interleaved": layer.config.rotary_interleaved, "input_norm": entry_norm}
+            sigma_bound, logit_bound = certified_logit_bound(p, **constants, **rotary)
         return {
             "sigma": sigma,
             "sigma_bound": sigma_bound,
             "logit_bound": logit_bound,
-            "amax_q": entry_bound(p.q, p.q_bias, gram=g_q, **rotary),
-            "amax_k": entry_bound(p.k, p.k_bias, gram=g_k, **rotary),
+            "amax_q": entry_bound(p.q, p.q_bias, gram=g_q, input_norm=entry_norm, **rotary),
+            "amax_k": entry_bound(p.k, p.k_bias, gram=g_k, input_norm=entry_norm, **rotary),
             "amax_v": entry_bound(p.v, p.v_bias, gram=g_v, rotary_dim=0, input_norm=entry_norm),
-            "query_norm": vector_norm_bound(p.q, p.q_bias, gram=g_q, input_norm=input_norm),
-            "key_norm": vector_norm_bound(p.k, p.k_bias, gram=g_k, input_norm=input_norm),
-            "value_norm": vector_norm_bound(p.v, p.v_bias, gram=g_v, input_norm=input_norm),
+            "query_norm": vector_norm_bound(p.q, p.q_bias, gram=g_q, input_norm=layer.input_norm),
+            "key_norm": vector_norm_bound(p.k, p.k_bias, gram=g_k, input_norm=layer.input_norm),
+            "value_norm": vector_norm_bound(p.v, p.v_bias, gram=g_v, input_norm=layer.input_norm),
         }
 
     def _num_tokens(self, layer: AttentionLayer) -> int:
@@ -148,9 +141,7 @@ class GeoScaleEngine:
     def _isotropic_input_norm(self, layer: AttentionLayer) -> float:
         """What stands for the input's norm in an entry's bound when tokens are isotropic (THEORY 5.1)."""
         num_entries = 3 * self._num_tokens(layer) * layer.head_dim  # of Q, K and V
-        return isotropic_input_norm(
-            layer.hidden_size, num_entries=num_entries, delta=self.config.failure_probability
-        )
+        return isotropic_input_norm(layer.hidden_size, num_entries=num_entries, delta=self.config.failure_probability)
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """State for the distributed checkpoint: the estimator's. Scales are never saved, they follow from weights."""

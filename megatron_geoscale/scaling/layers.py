@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 
-from megatron_geoscale.spectral.projections import Projections, fold_norm, split_linear_qkv
+from megatron_geoscale.spectral.projections import Projections, fold_norm, input_norm_bound, split_linear_qkv
 
 ROTARY_KINDS = {"rope": True, "learned_absolute": False, "none": False}
 
@@ -28,7 +28,7 @@ class AttentionLayer:
     number: int
     """Global layer number, from 1, all pipeline stages and chunks included."""
     attention: SelfAttention
-    input_norm: torch.nn.Module
+    norm: torch.nn.Module
     """The module that holds the gain applied just before `linear_qkv`: a norm, or TE's fused linear."""
     position_embedding_type: str
     rotary_percent: float
@@ -43,11 +43,6 @@ class AttentionLayer:
         """How many of the head's dimensions RoPE rotates."""
         rotary = ROTARY_KINDS[self.position_embedding_type]
         return int(self.head_dim * min(1.0, self.rotary_percent)) if rotary else 0
-
-    @property
-    def zero_mean(self) -> bool:
-        """Whether normalised tokens have mean zero."""
-        return self.config.normalization == "LayerNorm"
 
     @property
     def softmax_scale(self) -> float:
@@ -101,10 +96,15 @@ class AttentionLayer:
     def unit_roundoff(self) -> float:
         return torch.finfo(self.dtype).eps / 2
 
+    @property
+    def input_norm(self) -> float:
+        """Radius of the inputs of the folded projections."""
+        return input_norm_bound(self.hidden_size)
+
     @torch.no_grad()
     def projections(self) -> Projections:
         """This rank's heads with norm gain, norm bias and projection bias folded in (THEORY 1), float64."""
-        linear, norm = self.attention.linear_qkv, self.input_norm
+        linear, norm = self.attention.linear_qkv, self.norm
         fused = norm is linear
         gain = getattr(norm, "layer_norm_weight" if fused else "weight").double()
         shift = getattr(norm, "layer_norm_bias" if fused else "bias", None)
@@ -122,9 +122,7 @@ class AttentionLayer:
         )
         folded = []
         for weight, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v)):
-            folded += fold_norm(
-                weight, b, gain=gain, shift=shift, zero_mean=self.zero_mean, unit_roundoff=self.unit_roundoff
-            )
+            folded += fold_norm(weight, b, gain=gain, shift=shift)
         return Projections(*folded)
 
 
@@ -159,7 +157,7 @@ def _describe(model: torch.nn.Module, layer: TransformerLayer) -> AttentionLayer
     return AttentionLayer(
         number=layer.layer_number,
         attention=layer.self_attention,
-        input_norm=linear if fused else layer.input_layernorm,
+        norm=linear if fused else layer.input_layernorm,
         position_embedding_type=getattr(model, "position_embedding_type", "none"),
         rotary_percent=getattr(model, "rotary_percent", 1.0),
         max_sequence_length=model.max_sequence_length,
@@ -181,7 +179,7 @@ def refuse_unbounded(layer: AttentionLayer) -> None:
             "--num-query-groups below --tensor-model-parallel-size",
         ),
         (
-            isinstance(layer.input_norm, IdentityOp) or config.normalization not in ("LayerNorm", "RMSNorm"),
+            isinstance(layer.norm, IdentityOp) or config.normalization not in ("LayerNorm", "RMSNorm"),
             "attention whose input is not normalised by LayerNorm or RMSNorm",
         ),
     ):

@@ -60,36 +60,27 @@ def split_linear_qkv(
 
 
 def fold_norm(
-    w: Tensor, b: Tensor | None, *, gain: Tensor | None, shift: Tensor | None, zero_mean: bool, unit_roundoff: float
+    w: Tensor, b: Tensor | None, *, gain: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Fold the norm's gain and shift into a projection (THEORY 1): (A, a) with W norm(h) + b = A xhat + a, in float64.
 
     w: [n, d_h, d], b: [n, d_h] or None; gain, shift: [d] or None (a zero-centred gain is passed as 1 + weight).
-    A: [n, d_h, d]; a: [n, d_h], or None if there is neither bias nor shift. `unit_roundoff`: relative rounding error u
-    of the dtype in which the norm writes its output (2**-8 for bfloat16, 2**-24 for float32).
+    A: [n, d_h, d]; a: [n, d_h], or None if there is neither bias nor shift.
 
-    zero_mean (LayerNorm): in exact arithmetic xhat has mean zero and A could lose its common mode, each row's mean,
-    entirely. In arithmetic with unit roundoff u the mean is zero only up to |s| <= u sqrt(d), where
-    xhat = x_perp + s 1/sqrt(d) and x_perp is orthogonal to the vector 1 of ones. So a fraction eps = sqrt(u) of the
-    common mode is kept: A' = A P with P = I - (1 - eps) 1 1^T / d. Then A xhat = A' y for
-    y = P^-1 xhat = x_perp + (s / eps) 1/sqrt(d), and ||y||^2 <= d + (u / eps)^2 d = d (1 + u): a bound made from A'
-    holds for the computed xhat with `input_norm_bound` as the radius of the inputs, y taking the place of xhat.
+    LayerNorm's xhat has mean zero, so A could lose its common mode (THEORY 1). It keeps it: a mean that is subtracted
+    in floating point is not zero afterwards, and weights whose common mode is large would break the bound.
     """
     weight = w.detach().to(torch.float64)
     offset = None if b is None else b.detach().to(torch.float64)
     if shift is not None:
         from_shift = weight @ shift.detach().to(torch.float64)
         offset = from_shift if offset is None else offset + from_shift
-    folded = weight if gain is None else weight * gain.detach().to(torch.float64)
-    if zero_mean:
-        folded = folded - (1.0 - math.sqrt(unit_roundoff)) * folded.mean(dim=-1, keepdim=True)
-    return folded, offset
+    return weight if gain is None else weight * gain.detach().to(torch.float64), offset
 
 
-def input_norm_bound(hidden_size: int, *, unit_roundoff: float) -> float:
-    """sqrt(d (1 + u)): the radius of the inputs that projections folded by `fold_norm` may meet (THEORY 1).
+def input_norm_bound(hidden_size: int) -> float:
+    """sqrt(d), the largest ||xhat||_2 that RMSNorm and LayerNorm give, for any epsilon >= 0 (THEORY 1).
 
-    RMSNorm and LayerNorm give ||xhat||_2 <= sqrt(d) for any epsilon >= 0; the factor pays for the part of LayerNorm's
-    mean that rounding leaves (see `fold_norm`). Rounding of the values themselves is `bounds.rounding_allowance`.
+    Rounding of what they compute is `bounds.rounding_allowance`.
     """
-    return math.sqrt(hidden_size * (1.0 + unit_roundoff))
+    return math.sqrt(hidden_size)

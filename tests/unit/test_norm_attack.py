@@ -58,14 +58,14 @@ class Layer:
         self.gain = 1 + 0.3 * draw(D)
         self.shift = 0.3 * draw(D) if layer_norm else None
         self.layer_norm, self.rotary_dim, self.interleaved = layer_norm, rotary_dim, interleaved
-        fold = {"gain": self.gain, "shift": self.shift, "zero_mean": layer_norm, "unit_roundoff": U}
+        fold = {"gain": self.gain, "shift": self.shift}
         q, a = fold_norm(self.w_q[None], None if self.b_q is None else self.b_q[None], **fold)
         k, b = fold_norm(self.w_k[None], None if self.b_k is None else self.b_k[None], **fold)
         layout = {"rotary_dim": rotary_dim, "interleaved": interleaved}
         self.bound = certified_logit_bound(
             Projections(q, a, k, b, k, b),
             softmax_scale=SCALE,
-            input_norm=input_norm_bound(D, unit_roundoff=U),
+            input_norm=input_norm_bound(D),
             **layout,
         )[1].item()
 

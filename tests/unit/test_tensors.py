@@ -88,8 +88,8 @@ def test_rounded_layer_stays_within_the_allowance(dtype, u):
     d, d_h = 128, 8
     w, b = (torch.randn(d_h, d) / 8).to(dtype), torch.randn(d_h).to(dtype)
     gain = (1 + 0.2 * torch.randn(d)).to(dtype)
-    folded, offset = fold_norm(w[None], b[None], gain=gain, shift=None, zero_mean=False, unit_roundoff=u)
-    exact = entry_bound(folded, offset, rotary_dim=d_h, input_norm=input_norm_bound(d, unit_roundoff=u))[0]
+    folded, offset = fold_norm(w[None], b[None], gain=gain, shift=None)
+    exact = entry_bound(folded, offset, rotary_dim=d_h, input_norm=input_norm_bound(d))[0]
     worst = 0.0
     for pair in range(d_h // 2):
         _, _, vh = torch.linalg.svd(folded[0, [pair, pair + d_h // 2]])

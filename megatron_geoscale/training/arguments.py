@@ -1,0 +1,384 @@
+"""Command line of pretrain.py: Megatron-LM's flag names and defaults, and what the flags demand of each other.
+
+Only flags that do something are accepted; an unknown one is an error, not a surprise later. The exceptions, listed in
+`WITHOUT_EFFECT`, are flags of Megatron launch scripts that ask for what happens here anyway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+import torch
+
+from megatron_geoscale.config import GeoScaleConfig, add_geoscale_args, geoscale_config_from_args
+from megatron_geoscale.training.fault_injection import parse_fault
+
+TOKENIZER_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer", "HuggingFaceTokenizer", "NullTokenizer")
+WITHOUT_EFFECT = (
+    "--use-mcore-models",
+    "--exit-signal-handler",
+    "--no-masked-softmax-fusion",
+    "--no-gradient-accumulation-fusion",
+    "--no-rope-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-gelu-fusion",
+    "--use-cpu-initialization",
+    "--no-create-attention-mask-in-dataloader",
+)
+"""Accepted and ignored: these fusions stay off where no kernel for them is installed, SIGTERM always saves."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ValueError instead of exiting, so that one place decides how a user's mistake is printed."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ValueError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of pretrain.py."""
+    parser = _Parser(
+        prog="pretrain.py",
+        description="Pretrain a Megatron-Core GPT whose FP8 attention is scaled from its weights.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_model_args(parser)
+    _add_training_args(parser)
+    _add_learning_rate_args(parser)
+    _add_checkpoint_args(parser)
+    _add_distributed_args(parser)
+    _add_data_args(parser)
+    _add_logging_args(parser)
+    add_geoscale_args(parser)
+    geoscale = parser.add_argument_group("geoscale, pretrain.py only")
+    geoscale.add_argument("--geoscale-log-jsonl", metavar="PATH", help="append one JSON object per iteration to PATH")
+    geoscale.add_argument(
+        "--geoscale-fault-injection",
+        metavar="FAULT",
+        help="weight_spike:STEP:FACTOR multiplies W_Q, W_K and W_V of every layer by FACTOR before iteration STEP; "
+        "nan_weight:STEP writes one NaN into W_K of the last layer on one tensor-parallel rank",
+    )
+    ignored = parser.add_argument_group("accepted from Megatron launch scripts, without effect")
+    for flag in WITHOUT_EFFECT:
+        ignored.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_model_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("network size")
+    add = group.add_argument
+    add("--num-layers", type=int)
+    add("--hidden-size", type=int)
+    add("--ffn-hidden-size", type=int, help="default: 4 * hidden size, with --swiglu 8/3 of it in multiples of 64")
+    add("--num-attention-heads", type=int)
+    add("--kv-channels", type=int, help="head dim; default: hidden size / attention heads")
+    add("--group-query-attention", action="store_true")
+    add("--num-query-groups", type=int, default=1)
+    add("--max-position-embeddings", type=int)
+    add("--position-embedding-type", default="learned_absolute", choices=("learned_absolute", "rope", "none"))
+    add("--rotary-base", type=int, default=10000)
+    add("--rotary-percent", type=float, default=1.0)
+    add("--rotary-interleaved", action="store_true")
+    add("--rotary-seq-len-interpolation-factor", type=int)
+    add("--use-rope-scaling", action="store_true")
+    add("--rope-scaling-factor", type=float, default=8.0)
+    add("--make-vocab-size-divisible-by", type=int, default=128)
+    add("--normalization", default="LayerNorm", choices=("LayerNorm", "RMSNorm"))
+    add("--norm-epsilon", type=float, default=1e-5)
+    add("--apply-layernorm-1p", action="store_true", help="norm gain is 1 + weight")
+    add("--swiglu", action="store_true")
+    add("--untie-embeddings-and-output-weights", action="store_true")
+    add("--disable-bias-linear", action="store_true")
+    add("--add-qkv-bias", action="store_true")
+    add("--qk-layernorm", action="store_true")
+    add("--init-method-std", type=float, default=0.02)
+
+
+def _add_training_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--micro-batch-size", type=int)
+    add("--global-batch-size", type=int, help="default: micro batch size * data-parallel size")
+    add("--rampup-batch-size", nargs=3, metavar=("START", "INCREMENT", "SAMPLES"))
+    add("--train-iters", type=int)
+    add("--exit-interval", type=int, help="save and exit after an iteration divisible by this")
+    add("--exit-duration-in-mins", type=float, help="save and exit after this many minutes")
+    add("--seed", type=int, default=1234)
+    add("--optimizer", default="adam", choices=("adam",))
+    add("--weight-decay", type=float, default=0.01)
+    add("--clip-grad", type=float, default=1.0)
+    add("--adam-beta1", type=float, default=0.9)
+    add("--adam-beta2", type=float, default=0.999)
+    add("--adam-eps", type=float, default=1e-8)
+    add("--attention-dropout", type=float, default=0.1)
+    add("--hidden-dropout", type=float, default=0.1)
+    add("--bf16", action="store_true")
+    add("--fp16", action="store_true")
+    add("--attention-softmax-in-fp32", action="store_true")
+    add("--accumulate-allreduce-grads-in-fp32", action="store_true", help="always on with --bf16 on CPU")
+    add("--recompute-activations", action="store_true", help="recompute the core attention in the backward pass")
+    add("--recompute-granularity", choices=("full", "selective"))
+    add("--recompute-method", choices=("uniform", "block"))
+    add("--recompute-num-layers", type=int)
+    add("--eval-iters", type=int, default=100)
+    add("--eval-interval", type=int, default=1000)
+
+
+def _add_learning_rate_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("learning rate")
+    add = group.add_argument
+    add("--lr", type=float)
+    add("--min-lr", type=float, default=0.0)
+    add("--lr-decay-style", default="linear", choices=("constant", "linear", "cosine", "inverse-square-root"))
+    add("--lr-decay-iters", type=int, help="default: train iterations")
+    add("--lr-warmup-fraction", type=float)
+    add("--lr-warmup-iters", type=int, default=0)
+    add("--lr-warmup-init", type=float, default=0.0)
+    add("--override-opt_param-scheduler", action="store_true")
+    add("--use-checkpoint-opt_param-scheduler", action="store_true")
+
+
+def _add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("checkpointing")
+    add = group.add_argument
+    add("--save", metavar="DIR")
+    add("--save-interval", type=int)
+    add("--load", metavar="DIR")
+    add("--ckpt-step", type=int, help="load this iteration instead of the latest")
+    add("--ckpt-format", default="torch_dist", choices=("torch_dist",))
+    add("--finetune", action="store_true", help="load the weights only and start at iteration 0")
+    add("--no-load-optim", action="store_true")
+    add("--no-load-rng", action="store_true")
+    add("--no-save-optim", action="store_true")
+    add("--no-save-rng", action="store_true")
+    add("--exit-on-missing-checkpoint", action="store_true")
+
+
+def _add_distributed_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("distributed")
+    add = group.add_argument
+    add("--tensor-model-parallel-size", type=int, default=1)
+    add("--pipeline-model-parallel-size", type=int, default=1)
+    add("--num-layers-per-virtual-pipeline-stage", type=int)
+    add("--context-parallel-size", type=int, default=1)
+    add("--sequence-parallel", action="store_true")
+    add("--use-distributed-optimizer", action="store_true")
+    add("--overlap-grad-reduce", action="store_true")
+    add("--overlap-param-gather", action="store_true")
+    add("--distributed-backend", choices=("nccl", "gloo"), help="default: nccl with CUDA, gloo without")
+    add("--distributed-timeout-minutes", type=float, default=10)
+    add("--transformer-impl", default="local", choices=("local", "transformer_engine"))
+
+
+def _add_data_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data and tokenizer")
+    add = group.add_argument
+    add("--data-path", nargs="*", metavar="[WEIGHT] PREFIX", help="prefixes of .bin and .idx, weighted or not")
+    add("--train-data-path", nargs="*", metavar="[WEIGHT] PREFIX")
+    add("--valid-data-path", nargs="*", metavar="[WEIGHT] PREFIX")
+    add("--split", help="train, validation, test weights of --data-path (default: 969, 30, 1)")
+    add("--data-cache-path", metavar="DIR")
+    add("--mock-data", action="store_true")
+    add("--seq-length", type=int)
+    add("--num-workers", type=int, default=2)
+    add("--tokenizer-type", choices=TOKENIZER_TYPES)
+    add("--tokenizer-model", metavar="PATH")
+    add("--vocab-size", type=int, help="of NullTokenizer; for another, a check of what it must have")
+    add("--reset-position-ids", action="store_true")
+    add("--reset-attention-mask", action="store_true")
+    add("--eod-mask-loss", action="store_true")
+
+
+def _add_logging_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("logging")
+    add = group.add_argument
+    add("--log-interval", type=int, default=100)
+    add("--log-throughput", action="store_true", help="tokens per second in the log line")
+    add("--tensorboard-dir", metavar="DIR")
+    add("--wandb-project", default="")
+    add("--wandb-exp-name", default="")
+    add("--wandb-save-dir", default="")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the flags; derived values are filled in. Raises ValueError naming the flag."""
+    args = build_parser().parse_args(argv)
+    args.geoscale = geoscale_config_from_args(args)
+    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _check_required(args)
+    _check_model(args)
+    _check_parallel(args)
+    _check_training(args)
+    _check_data(args)
+    _check_geoscale(args)
+    return args
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_required(args: argparse.Namespace) -> None:
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "train_iters",
+                 "lr"):
+        _require(getattr(args, name) is not None, f"{_flag(name)} is required")
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "log_interval",
+                 "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_query_groups", "ffn_hidden_size",
+                 "kv_channels", "global_batch_size", "save_interval", "exit_interval", "max_position_embeddings",
+                 "eval_interval", "make_vocab_size_divisible_by", "num_layers_per_virtual_pipeline_stage"):
+        value = getattr(args, name)
+        _require(value is None or value > 0, f"{_flag(name)} must be positive, not {value}")
+
+
+def _check_model(args: argparse.Namespace) -> None:
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if args.kv_channels is None:
+        _require(
+            args.hidden_size % heads == 0,
+            f"--hidden-size {args.hidden_size} is not divisible by --num-attention-heads {heads}; "
+            "give --kv-channels to set the head dim apart",
+        )
+        args.kv_channels = args.hidden_size // heads
+    if not args.group_query_attention:
+        args.num_query_groups = groups = heads
+    _require(heads % groups == 0, f"--num-attention-heads {heads} is not divisible by --num-query-groups {groups}")
+    if args.ffn_hidden_size is None:
+        args.ffn_hidden_size = int(4 * args.hidden_size * 2 / 3 / 64) * 64 if args.swiglu else 4 * args.hidden_size
+        _require(args.ffn_hidden_size > 0, "--ffn-hidden-size is required at so small a --hidden-size with --swiglu")
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
+    _require(
+        args.seq_length <= args.max_position_embeddings,
+        f"--seq-length {args.seq_length} exceeds --max-position-embeddings {args.max_position_embeddings}",
+    )
+    _require(
+        args.position_embedding_type != "rope" or args.kv_channels % 2 == 0,
+        f"RoPE rotates pairs: --kv-channels {args.kv_channels} must be even",
+    )
+    _require(not (args.bf16 and args.fp16), "--bf16 and --fp16 exclude each other")
+    args.params_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def _check_parallel(args: argparse.Namespace) -> None:
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    _require(
+        args.context_parallel_size == 1,
+        "--context-parallel-size above 1 needs Transformer Engine's attention, which this installation does not have",
+    )
+    _require(
+        args.world_size % (tp * pp) == 0,
+        f"{args.world_size} processes cannot be split into --tensor-model-parallel-size {tp} x "
+        f"--pipeline-model-parallel-size {pp}",
+    )
+    args.data_parallel_size = args.world_size // (tp * pp)
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        _require(
+            getattr(args, name) % tp == 0,
+            f"{_flag(name)} {getattr(args, name)} is not divisible by --tensor-model-parallel-size {tp}",
+        )
+    if args.sequence_parallel and tp == 1:
+        args.sequence_parallel = False  # as Megatron does: there is nothing to split
+    _require(
+        not args.sequence_parallel or args.seq_length % tp == 0,
+        f"--seq-length {args.seq_length} is not divisible by --tensor-model-parallel-size {tp}, which "
+        "--sequence-parallel needs",
+    )
+    layers, per_chunk = args.num_layers, args.num_layers_per_virtual_pipeline_stage
+    _require(layers % pp == 0, f"--num-layers {layers} is not divisible by --pipeline-model-parallel-size {pp}")
+    args.virtual_pipeline_model_parallel_size = None
+    if per_chunk is not None:
+        _require(pp > 1, "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1")
+        _require(
+            (layers // pp) % per_chunk == 0,
+            f"{layers // pp} layers a stage are not divisible by --num-layers-per-virtual-pipeline-stage {per_chunk}",
+        )
+        chunks = layers // pp // per_chunk
+        args.virtual_pipeline_model_parallel_size = chunks if chunks > 1 else None
+    _require(
+        not args.overlap_param_gather or (args.use_distributed_optimizer and args.overlap_grad_reduce),
+        "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",
+    )
+    _require(
+        args.transformer_impl == "local",
+        "--transformer-impl transformer_engine needs Transformer Engine's FP8 attention, which is not wired in yet: "
+        "use --transformer-impl local",
+    )
+
+
+def _check_training(args: argparse.Namespace) -> None:
+    if args.global_batch_size is None:
+        args.global_batch_size = args.micro_batch_size * args.data_parallel_size
+    step = args.micro_batch_size * args.data_parallel_size
+    _require(
+        args.global_batch_size % step == 0,
+        f"--global-batch-size {args.global_batch_size} is not divisible by --micro-batch-size {args.micro_batch_size} "
+        f"x data-parallel size {args.data_parallel_size}",
+    )
+    _require(
+        args.virtual_pipeline_model_parallel_size is None
+        or (args.global_batch_size // step) % args.pipeline_model_parallel_size == 0,
+        "an interleaved pipeline needs the number of micro batches divisible by --pipeline-model-parallel-size",
+    )
+    _require(args.train_iters >= 0, f"--train-iters must not be negative, not {args.train_iters}")
+    _require(args.lr > 0, f"--lr must be positive, not {args.lr}")
+    for name in ("attention_dropout", "hidden_dropout"):
+        _require(0.0 <= getattr(args, name) < 1.0, f"{_flag(name)} must lie in [0, 1), not {getattr(args, name)}")
+    if args.lr_decay_iters is None:
+        args.lr_decay_iters = args.train_iters
+    _require(
+        args.lr_warmup_fraction is None or args.lr_warmup_iters == 0,
+        "--lr-warmup-fraction and --lr-warmup-iters exclude each other",
+    )
+    if args.lr_warmup_fraction is not None:
+        args.lr_warmup_iters = int(args.lr_warmup_fraction * args.lr_decay_iters)
+    _require(
+        args.lr_warmup_iters < max(1, args.lr_decay_iters),
+        f"--lr-warmup-iters {args.lr_warmup_iters} must be below --lr-decay-iters {args.lr_decay_iters}",
+    )
+    _require(
+        args.save_interval is None or args.save is not None, "--save-interval needs --save, the directory to save to"
+    )
+    if args.recompute_activations:
+        _require(args.recompute_granularity in (None, "selective"),
+                 "--recompute-activations means --recompute-granularity selective, not full")
+        args.recompute_granularity = "selective"
+    _require(
+        args.recompute_granularity != "full" or args.recompute_method is not None,
+        "--recompute-granularity full needs --recompute-method uniform or block",
+    )
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    sources = [name for name in ("data_path", "train_data_path") if getattr(args, name)]
+    _require(
+        len(sources) + args.mock_data == 1,
+        "give exactly one source of data: --data-path, --train-data-path (with --valid-data-path) or --mock-data",
+    )
+    if args.split is None and args.data_path:
+        args.split = "969, 30, 1"
+    if args.tokenizer_type is None:
+        _require(args.mock_data, "--tokenizer-type is required with real data")
+        args.tokenizer_type = "NullTokenizer"
+    if args.tokenizer_type == "NullTokenizer":
+        _require(args.vocab_size is not None, "--vocab-size is required with NullTokenizer")
+    else:
+        _require(args.tokenizer_model is not None, f"--tokenizer-model is required with {args.tokenizer_type}")
+    _require(args.vocab_size is None or args.vocab_size > 0, f"--vocab-size must be positive, not {args.vocab_size}")
+
+
+def _check_geoscale(args: argparse.Namespace) -> None:
+    geoscale: GeoScaleConfig = args.geoscale
+    _require(
+        geoscale.attention != "te",
+        "--geoscale-attention te needs Transformer Engine's FP8 attention, which is not wired in yet: use emulated",
+    )
+    args.fault = parse_fault(args.geoscale_fault_injection)

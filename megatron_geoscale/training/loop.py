@@ -1,0 +1,203 @@
+"""The training loop: megatron-core's schedule and optimizer, with a refresh of the scales between them.
+
+One iteration: inject a fault if this is its step; refresh the scale table if weights have changed since; forward and
+backward over the micro batches; optimizer and scheduler; log; evaluate, save, exit where the flags say so. Whether to
+refresh, save or exit is decided from state that all ranks share, so no collective is entered by some ranks only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import (
+    get_current_global_batch_size,
+    get_num_microbatches,
+    update_num_microbatches,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_geoscale.attention.baselines import DelayedScaling
+from megatron_geoscale.scaling.engine import GeoScaleEngine
+from megatron_geoscale.scaling.layers import find_attention_layers
+from megatron_geoscale.training.checkpointing import Run, save_checkpoint
+from megatron_geoscale.training.data import build_iterator, get_batch
+from megatron_geoscale.training.fault_injection import inject
+from megatron_geoscale.training.monitor import Monitor, StepReport, print_from_reporter
+
+
+class ExitRequest:
+    """SIGTERM, or --exit-duration-in-mins: on whichever rank it is noticed, all ranks exit after the same step."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self._signalled = False
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, *_: Any) -> None:  # may come twice, from Slurm and from torchrun
+        self._signalled = True
+
+    def reason(self) -> str | None:
+        """Why to exit now, None to go on. Collective over the whole job."""
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        flags = torch.tensor([self._signalled, late], dtype=torch.int32, device=torch.cuda.current_device())
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        signalled, late = flags.tolist()
+        return "SIGTERM" if signalled else "--exit-duration-in-mins" if late else None
+
+
+def _loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the masked token losses, number of tokens, and both for the log."""
+    total = (losses.float() * loss_mask).sum()
+    num_tokens = loss_mask.sum().to(torch.int)
+    return total, num_tokens, {"lm loss": torch.stack([total.detach(), num_tokens.to(total.dtype)])}
+
+
+def _forward_step(args: argparse.Namespace, iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    batch = get_batch(iterator, args)
+    output = model(
+        batch.get("tokens"), batch.get("position_ids"), batch.get("attention_mask"), labels=batch.get("labels")
+    )
+    return output, partial(_loss, batch.get("loss_mask"))
+
+
+def _run_schedule(run: Run, iterators: Any, *, forward_only: bool) -> torch.Tensor | None:
+    """Forward (and backward) over one global batch; the mean token loss on the last stage, None on the others."""
+    outputs = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, run.args),
+        data_iterator=iterators,
+        model=run.chunks,
+        num_microbatches=get_num_microbatches(),
+        seq_length=run.args.seq_length,
+        micro_batch_size=run.args.micro_batch_size,
+        forward_only=forward_only,
+    )
+    if not outputs:
+        return None
+    totals = torch.stack([output["lm loss"] for output in outputs])
+    # The mean over micro batches of each one's mean loss: what the gradient is the gradient of.
+    mean = (totals[:, 0] / totals[:, 1].clamp(min=1)).mean()
+    dist.all_reduce(mean, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return mean / parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+
+class Trainer:
+    """Runs `train` to the end, or to a reason to stop."""
+
+    def __init__(self, run: Run, train_data: Any, valid_data: Any) -> None:
+        self.run, self.args, self.state = run, run.args, run.state
+        self._train_data, self._valid_data = train_data, valid_data
+        self._monitor = Monitor(run)
+        self._applied_since_refresh = run.args.geoscale.refresh_interval  # the first forward needs a table
+        update_num_microbatches(self.state.consumed_samples)
+        self._iterators = self._per_chunk(train_data, self.state.consumed_samples)
+
+    def _per_chunk(self, dataset: Any, consumed: int) -> Any:
+        """One iterator, or one for each model chunk of an interleaved pipeline."""
+        iterators = [build_iterator(dataset, consumed, self.args) for _ in self.run.chunks]
+        return iterators if len(iterators) > 1 else iterators[0]
+
+    def train(self, exit_request: ExitRequest) -> str:
+        """Train to --train-iters; returns why it stopped. Saves before it stops when --save is given."""
+        saved_at = self.state.iteration or None  # of a run that has just begun, even iteration 0 is worth saving
+        reason = "training is complete"
+        while self.state.iteration < self.args.train_iters:
+            self._step()
+            iteration = self.state.iteration
+            if self._valid_data_wanted() and iteration % self.args.eval_interval == 0:
+                self.evaluate()
+            if self.args.save_interval and iteration % self.args.save_interval == 0:
+                self._save()
+                saved_at = iteration
+            requested = exit_request.reason()
+            if requested is None and self.args.exit_interval and iteration % self.args.exit_interval == 0:
+                requested = "--exit-interval"
+            if requested:
+                reason = f"exiting at iteration {iteration}: {requested}"
+                break
+        if self.args.save and saved_at != self.state.iteration:
+            self._save()
+        self._monitor.close()
+        return reason
+
+    def _save(self) -> None:
+        directory = save_checkpoint(self.run)
+        print_from_reporter(f"saved checkpoint at iteration {self.state.iteration:7d} to {directory}")
+
+    def _step(self) -> None:
+        """One iteration."""
+        run, start = self.run, time.perf_counter()
+        run.state.iteration += 1
+        fault = self.args.fault
+        faulty = fault is not None and fault.step == self.state.iteration
+        if faulty:
+            inject(fault, find_attention_layers(run.chunks), self.args.num_layers, run.optimizer)
+            self._applied_since_refresh = self.args.geoscale.refresh_interval
+        for chunk in run.chunks:
+            chunk.zero_grad_buffer()
+            chunk.train()
+        run.optimizer.zero_grad()
+        refresh_ms = self._refresh()
+        self._monitor.measure_sqnr(faulty)
+
+        loss = _run_schedule(run, self._iterators, forward_only=False)
+        applied, grad_norm, _ = run.optimizer.step()
+        batch = get_current_global_batch_size()
+        if applied:
+            run.scheduler.step(increment=batch)
+            self._applied_since_refresh += 1
+        else:
+            run.state.skipped_iterations += 1
+        if isinstance(run.scaling, DelayedScaling):
+            run.scaling.end_step()
+        run.state.consumed_samples += batch
+        update_num_microbatches(run.state.consumed_samples)
+        report = StepReport(
+            iteration=run.state.iteration,
+            loss=loss,
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            learning_rate=run.optimizer.param_groups[0]["lr"] if run.optimizer.param_groups else 0.0,
+            seconds=time.perf_counter() - start,
+            refresh_ms=refresh_ms,
+            batch_size=batch,
+            skipped=not applied,
+            measured_sqnr=faulty,
+        )
+        self._monitor.report(report)
+
+    def _refresh(self) -> float:
+        """Make the scale table agree with the weights if they have changed; milliseconds it took."""
+        scaling = self.run.scaling
+        if not isinstance(scaling, GeoScaleEngine) or self._applied_since_refresh < self.args.geoscale.refresh_interval:
+            return 0.0
+        if self.args.overlap_param_gather:
+            for chunk in self.run.chunks:
+                chunk.start_param_sync(force_sync=True)  # before this, replicas hold different bf16 weights
+        scaling.refresh()
+        self._applied_since_refresh = 0
+        return scaling.refresh_ms
+
+    def _valid_data_wanted(self) -> bool:
+        return self.args.eval_iters > 0 and self.args.has_validation
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Mean loss over --eval-iters global batches of the validation split, with the scales of the new weights."""
+        args = self.args
+        self._refresh()
+        for chunk in self.run.chunks:
+            chunk.eval()
+        consumed = (self.state.iteration // args.eval_interval - 1) * args.eval_iters * args.global_batch_size
+        iterators = self._per_chunk(self._valid_data, consumed)
+        update_num_microbatches(args.global_batch_size)
+        losses = [_run_schedule(self.run, iterators, forward_only=True) for _ in range(args.eval_iters)]
+        update_num_microbatches(self.state.consumed_samples)
+        self._monitor.report_validation(self.state.iteration, losses)
+        for chunk in self.run.chunks:
+            chunk.train()

@@ -1,0 +1,126 @@
+"""Entry point of pretrain.py: parse, set up the processes, build, load, train; print mistakes in one sentence."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_geoscale import cpu
+
+TRACEBACK_VARIABLE = "GEOSCALE_TRACEBACK"
+USER_ERROR = 2
+"""Exit status after a mistake of the user's: a flag, a file, weights that are not finite."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run pretrain.py on this rank; returns the exit status.
+
+    A mistake is one sentence on stderr, from every rank that saw it; GEOSCALE_TRACEBACK=1 adds the traceback.
+    """
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost"),
+                          ("MASTER_PORT", "29500")):
+        os.environ.setdefault(name, default)  # plain `python pretrain.py` is a job of one rank
+    # Each module's word on what is not installed, and megatron-core's use of torch's older sharded tensors.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    cpu.install()
+    from megatron_geoscale.scaling.guard import NonFiniteWeightsError
+    from megatron_geoscale.training.arguments import parse_args
+
+    try:
+        args = parse_args(argv)
+    except ValueError as error:
+        if os.environ["RANK"] == "0":  # all ranks have read the same flags
+            _print_mistake(error)
+        return USER_ERROR
+    try:
+        _pretrain(args)
+    except (ValueError, OSError, NonFiniteWeightsError) as error:
+        _print_mistake(error)
+        # The others may wait for this rank in a collective: leave at once, the launcher stops them.
+        sys.stdout.flush()
+        os._exit(USER_ERROR)
+    return 0
+
+
+def _print_mistake(error: Exception) -> None:
+    if os.environ.get(TRACEBACK_VARIABLE) == "1":
+        traceback.print_exception(error)
+    print(f"pretrain.py: error: {error}", file=sys.stderr, flush=True)
+
+
+def _pretrain(args) -> None:  # type: ignore[no-untyped-def]
+    from megatron_geoscale.attention.spec import attach_scaling
+    from megatron_geoscale.training import checkpointing, data, loop, model
+    from megatron_geoscale.training.monitor import print_from_reporter
+
+    exit_request = loop.ExitRequest(args.exit_duration_in_mins)
+    _initialize(args)
+    tokenizer = data.build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
+    args.tokenizer_vocab_size = tokenizer.vocab_size
+    args.padded_vocab_size = data.padded_vocab_size(
+        tokenizer.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+    )
+    if args.load:
+        args.padded_vocab_size = checkpointing.saved_vocabulary_padding(args) or args.padded_vocab_size
+    chunks = model.build_model(args)
+    optimizer = model.build_optimizer(args, chunks)
+    run = checkpointing.Run(
+        args=args,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=model.build_scheduler(args, optimizer),
+        scaling=None if args.geoscale.recipe == "none" else attach_scaling(chunks, args.geoscale),
+        state=checkpointing.TrainState(),
+    )
+    train_data, valid_data = data.build_datasets(args, tokenizer)
+    if args.load:
+        directory = checkpointing.load_checkpoint(run)
+        print_from_reporter(
+            f"loaded checkpoint {directory} at iteration {run.state.iteration}"
+            if directory
+            else f"no checkpoint in {args.load} yet: starting from random weights"
+        )
+    reason = loop.Trainer(run, train_data, valid_data).train(exit_request)
+    print_from_reporter(reason)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _initialize(args) -> None:  # type: ignore[no-untyped-def]
+    """Process groups, seeds, micro-batch calculator, logging."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+    from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = args.distributed_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group(backend, timeout=timedelta(minutes=args.distributed_timeout_minutes))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+    )
+    # Pipeline stages draw different weights, tensor-parallel ranks share the seed (their tracker tells them apart).
+    seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    init_num_microbatches_calculator(
+        dist.get_rank(), args.rampup_batch_size, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
+    )
+    initialize_rerun_state_machine(mode=RerunMode.DISABLED)
