@@ -93,7 +93,7 @@ def build_datasets(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any]:
     elif args.data_path:
         blends = {"blend": _blend(args.data_path), "split": args.split}
     else:
-        per_split = [_blend(args.train_data_path), _blend(args.valid_data_path or []), None]
+        per_split = [_blend(args.train_data_path), _blend(args.valid_data_path), None]
         blends = {"blend_per_split": per_split}
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -117,11 +117,12 @@ def build_datasets(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any]:
     return train, valid
 
 
-def _blend(data_path: Sequence[str]) -> Any:
+def _blend(data_path: Sequence[str] | None) -> Any:
+    if not data_path:
+        return None
     blend = get_blend_from_list(list(data_path))
-    if blend is not None:
-        for prefix in blend[0]:
-            check_indexed_dataset(prefix)
+    for prefix in blend[0]:
+        check_indexed_dataset(prefix)
     return blend
 
 

@@ -137,6 +137,7 @@ class Trainer:
         fault = self.args.fault
         faulty = fault is not None and fault.step == self.state.iteration
         if faulty:
+            self._gather_params()
             inject(fault, find_attention_layers(run.chunks), self.args.num_layers, run.optimizer)
             self._applied_since_refresh = self.args.geoscale.refresh_interval
         for chunk in run.chunks:
@@ -176,12 +177,16 @@ class Trainer:
         scaling = self.run.scaling
         if not isinstance(scaling, GeoScaleEngine) or self._applied_since_refresh < self.args.geoscale.refresh_interval:
             return 0.0
-        if self.args.overlap_param_gather:
-            for chunk in self.run.chunks:
-                chunk.start_param_sync(force_sync=True)  # before this, replicas hold different bf16 weights
+        self._gather_params()
         scaling.refresh()
         self._applied_since_refresh = 0
         return scaling.refresh_ms
+
+    def _gather_params(self) -> None:
+        """Make the weights final where their gathering overlaps the forward: until then replicas hold different ones."""
+        if self.args.overlap_param_gather:
+            for chunk in self.run.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def _valid_data_wanted(self) -> bool:
         return self.args.eval_iters > 0 and self.args.has_validation
