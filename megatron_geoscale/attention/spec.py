@@ -47,8 +47,8 @@ def attach_scaling(
         layers = scaling.layers
     else:
         layers = find_attention_layers(model_chunks)
-        num_layers = layers[0].attention.config.num_layers
-        device = layers[0].attention.linear_qkv.weight.device
+        num_layers = layers[0].config.num_layers
+        device = layers[0].device
         if config.recipe == "delayed":
             # Megatron reduces TE's amax over tensor, data and context parallel ranks (--tp-only-amax-red is off).
             group = parallel_state.get_amax_reduction_group(with_context_parallel=True)

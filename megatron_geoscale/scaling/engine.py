@@ -38,7 +38,7 @@ class GeoScaleEngine:
     def __init__(self, layers: Sequence[AttentionLayer], config: GeoScaleConfig, *, device: torch.device) -> None:
         self.config = config
         self.layers = list(layers)
-        num_layers = self.layers[0].attention.config.num_layers
+        num_layers = self.layers[0].config.num_layers
         self.table = ScaleTable(num_layers, device)
         self.gauge = SlotGauge(num_layers, device)
         self.estimator = SigmaEstimator(self.layers, config)
@@ -57,7 +57,7 @@ class GeoScaleEngine:
         layers = find_attention_layers(model_chunks)
         for layer in layers:
             refuse_unbounded(layer)
-        engine = cls(layers, config, device=layers[0].attention.linear_qkv.weight.device)
+        engine = cls(layers, config, device=layers[0].device)
         for layer in engine.layers:
             layer.core_attention.scaler = TableScaler(engine.table, engine.gauge, layer)
         return engine

@@ -77,7 +77,7 @@ class SigmaEstimator:
 
     def _start(self, layer: AttentionLayer) -> torch.Tensor:
         heads = range(layer.first_head, layer.first_head + layer.num_local_heads) if self.per_head else None
-        return start_vectors(layer.hidden_size, layer=layer.number, heads=heads)
+        return start_vectors(layer.hidden_size, layer=layer.number, heads=heads).to(layer.device)
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """The power iteration's vectors and estimates for dist_checkpointing, empty under `gram`.

@@ -93,6 +93,10 @@ class AttentionLayer:
         return self.attention.linear_qkv.weight.dtype
 
     @property
+    def device(self) -> torch.device:
+        return self.attention.linear_qkv.weight.device
+
+    @property
     def unit_roundoff(self) -> float:
         return torch.finfo(self.dtype).eps / 2
 

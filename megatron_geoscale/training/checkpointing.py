@@ -29,12 +29,25 @@ from megatron.core.utils import unwrap_model
 from megatron_geoscale.scaling.engine import GeoScaleEngine
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False,
-             "chained_optim_avoid_prefix": True}
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
 _SHAPE_FLAGS = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "position_embedding_type", "normalization", "swiglu", "disable_bias_linear", "add_qkv_bias",
-    "untie_embeddings_and_output_weights", "padded_vocab_size",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "position_embedding_type",
+    "normalization",
+    "swiglu",
+    "disable_bias_linear",
+    "add_qkv_bias",
+    "untie_embeddings_and_output_weights",
+    "padded_vocab_size",
 )
 """What a checkpoint and the model that loads it must agree on."""
 
@@ -86,7 +99,8 @@ def save_checkpoint(run: Run) -> Path:
     partial = final.with_name(final.name + ".partial")
     rank = dist.get_rank()
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for killed in Path(run.args.save).glob("iter_*.partial"):
+            shutil.rmtree(killed, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     dist_checkpointing.save(_sharded_state(run), str(partial), content_metadata=dict(_METADATA))

@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A mistake is one sentence on stderr, from every rank that saw it; GEOSCALE_TRACEBACK=1 adds the traceback.
     """
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost"),
-                          ("MASTER_PORT", "29500")):
+                          ("MASTER_PORT", "0")):
         os.environ.setdefault(name, default)  # plain `python pretrain.py` is a job of one rank
     # Each module's word on what is not installed, and megatron-core's use of torch's older sharded tensors.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
@@ -67,6 +68,8 @@ def _pretrain(args) -> None:  # type: ignore[no-untyped-def]
 
     exit_request = loop.ExitRequest(args.exit_duration_in_mins)
     _initialize(args)
+    if args.save:
+        Path(args.save).mkdir(parents=True, exist_ok=True)  # a path that cannot be saved to is better known now
     tokenizer = data.build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
     args.tokenizer_vocab_size = tokenizer.vocab_size
     args.padded_vocab_size = data.padded_vocab_size(
