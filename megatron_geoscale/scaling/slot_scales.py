@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_geoscale.bounds.tensors import rounding_allowance
+from megatron_geoscale.bounds.tensors import FLOAT32_ROUNDOFF, rounding_allowance
 from megatron_geoscale.config import GeoScaleConfig
 from megatron_geoscale.scaling.formats import E4M3, SLOT_FORMATS, max_abs, scale_from_amax
 from megatron_geoscale.scaling.gauge import SlotGauge
@@ -40,12 +40,9 @@ def scales_from_bounds(bounds: torch.Tensor, layer: AttentionLayer, config: GeoS
     scale["qkv"] = scale_from_amax(amax_qkv, E4M3, margin=config.margin)
     subnormal = E4M3_SUBNORMAL / scale["qkv"].double()
 
-    # |q8.k8 - q.k| <= sum of |q||e_k| + |e_q||k| + |e_q||e_k|, with |e| <= max(|x|/16, subnormal) in every entry.
-    q_norm, k_norm = bound["query_norm"] * allowance, bound["key_norm"] * allowance
-    relative = (1.0 + E4M3_ROUNDING) ** 2 - 1.0
-    root = layer.head_dim**0.5 * subnormal
-    cast_error = relative * q_norm * k_norm + (1.0 + E4M3_ROUNDING) * root * (q_norm + k_norm) + root * root
-    amax_logits = (bound["logit_bound"] * allowance**2 + layer.softmax_scale * cast_error) * (1.0 + FP32_SLACK)
+    amax_logits = bound["logit_bound"]
+    if config.recipe != "paper":  # its logit scale is the published one, of the bound alone
+        amax_logits = amax_logits + layer.softmax_scale * _product_error(bound, subnormal, layer)
     scale["logits"] = scale_from_amax(amax_logits, E4M3, margin=config.margin)
 
     scale["s"] = scale_from_amax(torch.full_like(bound["sigma"], 1.0 / keep), E4M3)
@@ -54,6 +51,26 @@ def scales_from_bounds(bounds: torch.Tensor, layer: AttentionLayer, config: GeoS
     amax_o = (bound["amax_v"] * allowance * (1.0 + E4M3_ROUNDING) + subnormal) * row_sum * (1.0 + FP32_SLACK)
     scale["o"] = scale_from_amax(amax_o, E4M3, margin=config.margin)
     return torch.stack([scale[slot] for slot in SLOTS], dim=1)
+
+
+def _product_error(bound: dict[str, torch.Tensor], subnormal: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:
+    """How far the computed product of computed and cast vectors, q8.k8, may be from q.k: [num_layers].
+
+    |q8.k8 - q.k| <= sum of |q||e_k| + |e_q||k| + |e_q||e_k|, where e is what the layer's rounding and the cast did to a
+    vector: at most so much of its norm, and half a subnormal an entry. It is not relative to q.k, which may cancel.
+    """
+    q_norm, k_norm = bound["query_norm"], bound["key_norm"]
+    grown = (1.0 + E4M3_ROUNDING) * _norm_allowance(layer)
+    subnormals = layer.head_dim**0.5 * subnormal
+    error = (grown**2 - 1.0) * q_norm * k_norm + grown * subnormals * (q_norm + k_norm) + subnormals**2
+    return error + FP32_SLACK * (grown * q_norm + subnormals) * (grown * k_norm + subnormals)
+
+
+def _norm_allowance(layer: AttentionLayer) -> float:
+    """How far the 2-norm of a computed query, key or value vector may exceed its bound: `rounding_allowance`, and the
+    float32 sums over d, whose errors add up over the d_h rows to ||A||_F <= sqrt(d_h) ||A||_2."""
+    sums = layer.head_dim**0.5 * 2.0 * layer.hidden_size * FLOAT32_ROUNDOFF
+    return rounding_allowance(layer.hidden_size, unit_roundoff=layer.unit_roundoff) + sums
 
 
 class TableScaler:
@@ -68,7 +85,7 @@ class TableScaler:
     def __init__(self, table: ScaleTable, gauge: SlotGauge, layer: AttentionLayer) -> None:
         self._table, self._gauge, self._row = table, gauge, layer.number - 1
         self._softmax_scale, self._keep, self._head_dim = layer.softmax_scale, 1.0 - layer.dropout, layer.head_dim
-        self._allowance = rounding_allowance(layer.hidden_size, unit_roundoff=layer.unit_roundoff)
+        self._norm_allowance = _norm_allowance(layer)
         self._used: dict[str, torch.Tensor] = {}
 
     def scale(self, slot: str, *tensors: torch.Tensor) -> torch.Tensor:
@@ -86,7 +103,7 @@ class TableScaler:
 
     def _dp_bound(self) -> torch.Tensor:
         """Of dS * softmax_scale: half of max|dP| (|P(1-P)| <= 1/4 of a range of twice that), casts included."""
-        value_norm = self._table.bounds[self._row, BOUNDS.index("value_norm")] * self._allowance
+        value_norm = self._table.bounds[self._row, BOUNDS.index("value_norm")] * self._norm_allowance
         subnormal = E4M3_SUBNORMAL / self._table.scales[self._row, SLOTS.index("qkv")].double()
         value_norm = value_norm * (1.0 + E4M3_ROUNDING) + self._head_dim**0.5 * subnormal
         amax_dp = self._do_norm.double() * (1.0 + E5M2_ROUNDING) * value_norm * (1.0 + FP32_SLACK)
