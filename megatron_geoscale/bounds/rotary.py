@@ -126,50 +126,57 @@ def pair_vector_norms(vectors: Tensor, pairs: tuple[Tensor, Tensor]) -> Tensor:
 
 def _certify(g_q: Tensor, g_k: Tensor, scale: Tensor) -> Balance:
     def scaled(grams: Tensor, by: Tensor) -> Tensor:
-        return certified_gram_norm(by[:, :, None] * grams * by[:, None, :])
+        return by[:, :, None] * grams * by[:, None, :]
 
+    grams = scaled(g_q, scale), scaled(per_query_head(g_k, g_q), 1.0 / scale), g_q, g_k
+    query, key, plain_query, plain_key = certified_gram_norm(torch.cat(grams)).split([len(g) for g in grams])
     return Balance(
-        scale=scale,
-        query=scaled(g_q, scale),
-        key=scaled(per_query_head(g_k, g_q), 1.0 / scale),
-        plain_query=certified_gram_norm(g_q),
-        plain_key=per_query_head(certified_gram_norm(g_k), g_q),
+        scale=scale, query=query, key=key, plain_query=plain_query, plain_key=per_query_head(plain_key, g_q)
     )
 
 
 def _search(g_q: Tensor, g_k: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """D [n_q, d_h] for Gram matrices of unit trace."""
-    g_k = per_query_head(g_k, g_q)
+    """D [n_q, d_h] for Gram matrices of unit trace.
 
-    def pair_mean(values: Tensor) -> Tensor:
-        mean = 0.5 * (values[:, first] + values[:, second])
-        return values.index_copy(1, first, mean).index_copy(1, second, mean)
+    D has one entry for each pair and each unrotated row; the search knows only these classes of rows. Everything is
+    stacked, [query or key side, n_q, ...], for on small heads its time is that of launching operators.
+    """
+    rotated, rows = 2 * len(first), g_q.shape[-1]
 
-    def log_share(weights: Tensor) -> Tensor:
-        """log of each pair's share of a Schatten norm's gradient; shares of zero are kept finite."""
-        pooled = pair_mean(weights)
-        total = pooled.sum(-1, keepdim=True)
-        return (pooled / total.where(total > 0, torch.ones_like(total)) + _NEGLIGIBLE).log()
+    def pool(values: Tensor, dim: int) -> Tensor:
+        """Sums over the rows of each class."""
+        pairs = values.index_select(dim, first) + values.index_select(dim, second)
+        return pairs if rotated == rows else torch.cat([pairs, values.narrow(dim, rotated, rows - rotated)], dim)
 
-    def order_4(squared: Tensor, by: Tensor) -> Tensor:  # diag((D G D)^2), from G o G
-        return by.square() * (squared @ by.square()[:, :, None])[:, :, 0]
+    def both(query: Tensor, key: Tensor) -> Tensor:
+        return torch.stack([query, per_query_head(key, query)])
 
-    def order_8(grams: Tensor, by: Tensor) -> Tensor:  # diag((D G D)^4)
-        total = (by.square() * grams.diagonal(dim1=-2, dim2=-1)).sum(-1, keepdim=True)
-        by = by / total.where(total > 0, torch.ones_like(total)).sqrt()  # D G D gets a trace of one
-        scaled = by[:, :, None] * grams * by[:, None, :]
-        return (scaled @ scaled).square().sum(-1)
+    def log_share(sums: Tensor) -> Tensor:
+        """log of a row's share of a Schatten norm's gradient, from the sums over classes; zeros are kept finite."""
+        total = sums.sum(-1, keepdim=True)
+        return (sums * share / total.where(total > 0, torch.ones_like(total)) + _NEGLIGIBLE).log()
 
-    def move(log_scale: Tensor, query: Tensor, key: Tensor, exponent: float) -> Tensor:
-        step = exponent * (log_share(key) - log_share(query))
-        return (log_scale + step).clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
+    def move(log_scale: Tensor, sums: Tensor, exponent: float) -> Tensor:
+        query, key = log_share(sums)
+        return (log_scale + exponent * (key - query)).clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
+
+    share = pool(g_q.new_ones(rows), 0).reciprocal()
+    sides = g_q.new_tensor([1.0, -1.0])[:, None, None]  # D for the queries, D^-1 for the keys
 
     # D_c = sqrt(||B_c|| / ||A_c||), the norms of the pair's rows.
-    diagonal_q, diagonal_k = (g.diagonal(dim1=-2, dim2=-1) for g in (g_q, g_k))
-    log_scale = 0.25 * (log_share(diagonal_k) - log_share(diagonal_q))
-    squared_q, squared_k = g_q.square(), g_k.square()
-    for _ in range(_ORDER_4_STEPS):
-        by = log_scale.exp()
-        log_scale = move(log_scale, order_4(squared_q, by), order_4(squared_k, 1.0 / by), _ORDER_4_EXPONENT)
-    by = log_scale.exp()
-    return move(log_scale, order_8(g_q, by), order_8(g_k, 1.0 / by), _ORDER_8_EXPONENT).exp()
+    diagonal = both(g_q.diagonal(dim1=-2, dim2=-1), g_k.diagonal(dim1=-2, dim2=-1))
+    log_scale = move(torch.zeros_like(share), pool(diagonal, -1), 0.25)
+    squared = both(*(pool(pool(g.square(), -2), -1) for g in (g_q, g_k)))
+    for _ in range(_ORDER_4_STEPS):  # diag((D G D)^2), from G o G
+        weights = (2.0 * sides * log_scale).exp()
+        log_scale = move(log_scale, weights * (squared @ weights[..., None])[..., 0], _ORDER_4_EXPONENT)
+
+    class_of = torch.arange(rows, device=first.device)
+    class_of[first] = class_of[second] = torch.arange(len(first), device=first.device)
+    class_of[rotated:] -= len(first)
+    by = (sides * log_scale[:, class_of]).exp()
+    total = (by.square() * diagonal).sum(-1, keepdim=True)
+    by = by / total.where(total > 0, torch.ones_like(total)).sqrt()  # D G D gets a trace of one
+    scaled = by[..., :, None] * both(g_q, g_k) * by[..., None, :]
+    sums = pool((scaled @ scaled).square().sum(-1), -1)  # diag((D G D)^4)
+    return move(log_scale, sums, _ORDER_8_EXPONENT)[:, class_of].exp()

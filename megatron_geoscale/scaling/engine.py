@@ -18,18 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_geoscale.bounds import alpha
-from megatron_geoscale.bounds.logits import certified_logit_bound, isotropic_logit_bound
-from megatron_geoscale.bounds.tensors import entry_bound, isotropic_input_norm, vector_norm_bound
 from megatron_geoscale.config import GeoScaleConfig
 from megatron_geoscale.scaling import guard
 from megatron_geoscale.scaling.estimator import SigmaEstimator
 from megatron_geoscale.scaling.gauge import SlotGauge
+from megatron_geoscale.scaling.layer_bounds import Grams, bound_layer
 from megatron_geoscale.scaling.layers import AttentionLayer, find_attention_layers, refuse_unbounded
 from megatron_geoscale.scaling.slot_scales import TableScaler, scales_from_bounds
 from megatron_geoscale.scaling.table import BOUNDS, ScaleTable, digest
-from megatron_geoscale.spectral.gram import gram
-from megatron_geoscale.spectral.projections import Projections
 
 
 class GeoScaleEngine:
@@ -88,7 +84,11 @@ class GeoScaleEngine:
             if code:
                 rows[layer.number - 1, -1] = code
                 continue
-            bounds = self._bound(layer, projections, layer_sigma.get(layer.number))
+            grams = Grams.of(projections)
+            sigma = layer_sigma.get(layer.number)
+            if sigma is None:
+                sigma = self.estimator.head_sigma(layer, projections, (grams.q, grams.k))
+            bounds = bound_layer(layer, projections, grams, sigma, self.config, num_layers=len(rows))
             rows[layer.number - 1, :-1] = torch.stack([bounds[name].max() for name in BOUNDS])
         rows = rows.to(self.table.bounds.device)
         if dist.is_initialized():
@@ -97,51 +97,6 @@ class GeoScaleEngine:
         bounds = rows[:, :-1]
         self.table.swap(scales_from_bounds(bounds, self.layers[0], self.config), bounds)
         self.refresh_ms = (time.perf_counter() - start) * 1e3
-
-    def _bound(self, layer: AttentionLayer, p: Projections, sigma: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """The columns of BOUNDS for the rank's heads of one layer, [heads] or [groups] each."""
-        g_q, g_k, g_v = gram(p.q), gram(p.k), gram(p.v)
-        if sigma is None:
-            sigma = self.estimator.head_sigma(layer, p, (g_q, g_k))
-        rotary: dict[str, Any] = {"rotary_dim": layer.rotary_dim, "interleaved": layer.config.rotary_interleaved}
-        constants = {"softmax_scale": layer.softmax_scale, "input_norm": layer.input_norm, "grams": (g_q, g_k)}
-        entry_norm = layer.input_norm
-        if self.config.recipe == "paper":
-            entry_norm = self._isotropic_input_norm(layer)
-            sigma_bound = sigma
-            logit_bound = isotropic_logit_bound(sigma, p, alpha=self._alpha(layer), **constants, **rotary)
-        else:
-            sigma_bound, logit_bound = certified_logit_bound(p, **constants, **rotary)
-        return {
-            "sigma": sigma,
-            "sigma_bound": sigma_bound,
-            "logit_bound": logit_bound,
-            "amax_q": entry_bound(p.q, p.q_bias, gram=g_q, input_norm=entry_norm, **rotary),
-            "amax_k": entry_bound(p.k, p.k_bias, gram=g_k, input_norm=entry_norm, **rotary),
-            "amax_v": entry_bound(p.v, p.v_bias, gram=g_v, rotary_dim=0, input_norm=entry_norm),
-            "query_norm": vector_norm_bound(p.q, p.q_bias, gram=g_q, input_norm=layer.input_norm),
-            "key_norm": vector_norm_bound(p.k, p.k_bias, gram=g_k, input_norm=layer.input_norm),
-            "value_norm": vector_norm_bound(p.v, p.v_bias, gram=g_v, input_norm=layer.input_norm),
-        }
-
-    def _num_tokens(self, layer: AttentionLayer) -> int:
-        """(token, head, layer) triples of one sequence, what the isotropic bounds are to cover at once (THEORY 4)."""
-        return len(self.table.bounds) * layer.num_heads * layer.max_sequence_length
-
-    def _alpha(self, layer: AttentionLayer) -> float:
-        num_tokens = self._num_tokens(layer)
-        return alpha.rank_aware(
-            layer.hidden_size,
-            layer.head_dim,
-            num_pairs=num_tokens * layer.max_sequence_length,
-            num_tokens=num_tokens,
-            delta=self.config.failure_probability,
-        )
-
-    def _isotropic_input_norm(self, layer: AttentionLayer) -> float:
-        """What stands for the input's norm in an entry's bound when tokens are isotropic (THEORY 5.1)."""
-        num_entries = 3 * self._num_tokens(layer) * layer.head_dim  # of Q, K and V
-        return isotropic_input_norm(layer.hidden_size, num_entries=num_entries, delta=self.config.failure_probability)
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """State for the distributed checkpoint: the estimator's. Scales are never saved, they follow from weights."""

@@ -105,5 +105,7 @@ class SigmaEstimator:
         """Take up what `sharded_state_dict` saved: the next refresh is one warm step, as if nothing had stopped."""
         for layer in self.layers:
             prefix = f"geoscale.power_iteration.layer_{layer.number}."
+            if not state[prefix + "vectors"].any():  # saved before the first refresh: there was nothing to save
+                continue
             self.vectors[layer.number] = state[prefix + "vectors"]
             self.previous[layer.number] = state[prefix + "estimates"]

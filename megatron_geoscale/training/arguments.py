@@ -103,7 +103,7 @@ def _add_training_args(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--micro-batch-size", type=int)
     add("--global-batch-size", type=int, help="default: micro batch size * data-parallel size")
-    add("--rampup-batch-size", nargs=3, metavar=("START", "INCREMENT", "SAMPLES"))
+    add("--rampup-batch-size", nargs=3, type=int, metavar=("START", "INCREMENT", "SAMPLES"))
     add("--train-iters", type=int)
     add("--exit-interval", type=int, help="save and exit after an iteration divisible by this")
     add("--exit-duration-in-mins", type=float, help="save and exit after this many minutes")
@@ -264,6 +264,7 @@ def _check_model(args: argparse.Namespace) -> None:
         args.position_embedding_type != "rope" or args.kv_channels % 2 == 0,
         f"RoPE rotates pairs: --kv-channels {args.kv_channels} must be even",
     )
+    _require(0.0 < args.rotary_percent <= 1.0, f"--rotary-percent must lie in (0, 1], not {args.rotary_percent}")
     _require(not (args.bf16 and args.fp16), "--bf16 and --fp16 exclude each other")
     args.params_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
@@ -328,7 +329,8 @@ def _check_training(args: argparse.Namespace) -> None:
         or (args.global_batch_size // step) % args.pipeline_model_parallel_size == 0,
         "an interleaved pipeline needs the number of micro batches divisible by --pipeline-model-parallel-size",
     )
-    _require(args.train_iters >= 0, f"--train-iters must not be negative, not {args.train_iters}")
+    for name in ("train_iters", "eval_iters", "num_workers"):
+        _require(getattr(args, name) >= 0, f"{_flag(name)} must not be negative, not {getattr(args, name)}")
     _require(args.lr > 0, f"--lr must be positive, not {args.lr}")
     for name in ("attention_dropout", "hidden_dropout"):
         _require(0.0 <= getattr(args, name) < 1.0, f"{_flag(name)} must lie in [0, 1), not {getattr(args, name)}")

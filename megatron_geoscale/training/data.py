@@ -64,7 +64,9 @@ def check_indexed_dataset(prefix: str) -> None:
         header = file.read(header_size)
         if len(header) < header_size or not header.startswith(_INDEX_MAGIC):
             raise ValueError(f"{index} is not a Megatron index file, or its header is truncated")
-        _, code, num_sequences, num_documents = struct.unpack("<QBQQ", header[len(_INDEX_MAGIC) :])
+        version, code, num_sequences, num_documents = struct.unpack("<QBQQ", header[len(_INDEX_MAGIC) :])
+        if version != 1 or code not in {dtype.value for dtype in DType}:
+            raise ValueError(f"{index} is damaged: version {version} and token type {code} are not Megatron's")
         size = header_size + 4 * num_sequences + 8 * num_sequences + 8 * num_documents
         if index.stat().st_size < size:
             raise ValueError(f"{index} is truncated: {index.stat().st_size} bytes where its header promises {size}")
@@ -75,6 +77,8 @@ def check_indexed_dataset(prefix: str) -> None:
         file.seek(header_size + 4 * num_sequences + 8 * (num_sequences - 1))
         (last_pointer,) = struct.unpack("<q", file.read(8))
     expected = last_pointer + last_length * DType.size(DType.dtype_from_code(code))
+    if expected == 0:
+        raise ValueError(f"{index} holds no token: the corpus is empty")
     if data.stat().st_size < expected:
         raise ValueError(f"{data} is truncated: {data.stat().st_size} bytes where {index.name} promises {expected}")
 

@@ -29,7 +29,10 @@ def parse_fault(text: str | None) -> Fault | None:
     try:
         if expected is None:
             raise ValueError(kind)
-        return Fault(kind, *(make(number) for make, number in zip(expected, numbers, strict=True)))
+        fault = Fault(kind, *(make(number) for make, number in zip(expected, numbers, strict=True)))
+        if fault.step < 1:
+            raise ValueError(fault.step)
+        return fault
     except ValueError:
         raise ValueError(
             f"--geoscale-fault-injection must be weight_spike:STEP:FACTOR or nan_weight:STEP, not {text!r}"

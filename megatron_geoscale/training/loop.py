@@ -127,6 +127,7 @@ class Trainer:
         return reason
 
     def _save(self) -> None:
+        self._gather_params()  # the first replica saves, and knows only its own share of the last update
         directory = save_checkpoint(self.run)
         print_from_reporter(f"saved checkpoint at iteration {self.state.iteration:7d} to {directory}")
 
@@ -155,8 +156,6 @@ class Trainer:
             self._applied_since_refresh += 1
         else:
             run.state.skipped_iterations += 1
-        if isinstance(run.scaling, DelayedScaling):
-            run.scaling.end_step()
         run.state.consumed_samples += batch
         update_num_microbatches(run.state.consumed_samples)
         report = StepReport(
@@ -171,6 +170,8 @@ class Trainer:
             measured_sqnr=faulty,
         )
         self._monitor.report(report)
+        if isinstance(run.scaling, DelayedScaling):
+            run.scaling.end_step()  # after the report, which shows the scales that this step has used
 
     def _refresh(self) -> float:
         """Make the scale table agree with the weights if they have changed; milliseconds it took."""
@@ -183,7 +184,7 @@ class Trainer:
         return scaling.refresh_ms
 
     def _gather_params(self) -> None:
-        """Make the weights final where their gathering overlaps the forward: until then replicas hold different ones."""
+        """Make the weights final where gathering them overlaps the forward: until then replicas differ."""
         if self.args.overlap_param_gather:
             for chunk in self.run.chunks:
                 chunk.start_param_sync(force_sync=True)

@@ -80,7 +80,7 @@ def ddp_config(args: argparse.Namespace) -> DistributedDataParallelConfig:
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
         use_distributed_optimizer=args.use_distributed_optimizer,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=not args.fp16,  # there they tell the loss scaler to skip the step
     )
 
 
