@@ -1,0 +1,231 @@
+"""Refresh time of the scales beside the training step that it belongs to: `python benchmarks/refresh.py [--json PATH]`.
+
+Two cases: the demo's model against its whole training step, and one layer of Llama-2-7B's shape against that layer's
+forward and backward. Within a case everything runs in turn, round by round, and a share is the median of the rounds'
+ratios. docs/BENCHMARKS.md says how to read the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from _measure import load_average, machine, markdown, megatron_on_one_rank, milliseconds, paired, progress, row
+
+LLAMA = """
+    --position-embedding-type rope --normalization RMSNorm --swiglu --untie-embeddings-and-output-weights
+    --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --mock-data --train-iters 100 --lr 1e-4
+"""
+DEMO = """
+    --num-layers 4 --hidden-size 256 --num-attention-heads 8 --group-query-attention --num-query-groups 4
+    --seq-length 256 --micro-batch-size 4 --vocab-size 4096
+"""
+LLAMA_2_7B_LAYER = """
+    --num-layers 1 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32
+    --seq-length 2048 --micro-batch-size 1 --vocab-size 128
+"""
+RECIPES = {
+    "refresh, certified": ("--geoscale-recipe", "certified"),
+    "refresh, paper": ("--geoscale-recipe", "paper"),
+    "refresh, paper, layer granularity": ("--geoscale-recipe", "paper", "--geoscale-granularity", "layer"),
+}
+FORWARD_BACKWARD = "layer, forward + backward"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write machine and rows to PATH")
+    parser.add_argument("--threads", type=int, default=_cores(), help="of torch, for both sides (default: one a core)")
+    parser.add_argument("--rounds", type=int, default=3, help="of the 7B-shaped layer (default: 3)")
+    parser.add_argument("--bf16", action="store_true", help="weights and arithmetic of the models in bfloat16")
+    parser.add_argument("--no-materialised-svd", action="store_true",
+                        help="leave out the SVD of one head's 4096 x 4096 matrix, which takes tens of seconds")
+    return parser.parse_args(argv)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def demo_model(precision: list[str], rounds: int) -> list[dict[str, Any]]:
+    """The demo's model, unsharded: a refresh of its four layers against one whole training step."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_geoscale.attention.spec import attach_scaling
+    from megatron_geoscale.training import model
+    from megatron_geoscale.training.arguments import parse_args
+
+    args = parse_args([*(LLAMA + DEMO).split(), *precision])
+    args.padded_vocab_size = args.vocab_size
+    chunks = model.build_model(args)
+    optimizer = model.build_optimizer(args, chunks)
+    engines = {what: attach_scaling(chunks, _config(flags)) for what, flags in RECIPES.items()}
+    tokens = torch.randint(args.vocab_size, (args.micro_batch_size, args.seq_length + 1))
+    positions = torch.arange(args.seq_length).expand(args.micro_batch_size, -1)
+
+    def forward(_: Any, gpt: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        losses = gpt(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+        return losses, lambda output: (output.float().sum(), torch.tensor(output.numel(), dtype=torch.int), {})
+
+    schedule = partial(
+        get_forward_backward_func(), forward_step_func=forward, data_iterator=None, model=chunks, num_microbatches=1,
+        seq_length=args.seq_length, micro_batch_size=args.micro_batch_size, forward_only=False,
+    )
+
+    def step() -> None:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        schedule()
+        optimizer.step()
+
+    for engine in engines.values():
+        engine.refresh()
+    refreshes = {what: engine.refresh for what, engine in engines.items()}
+    case = "demo model"
+    return list(paired(case, ("training step: forward, backward, optimizer", step), refreshes, rounds=rounds, inner=1))
+
+
+def _config(flags: tuple[str, ...]) -> Any:
+    from megatron_geoscale.config import add_geoscale_args, geoscale_config_from_args
+
+    return geoscale_config_from_args(add_geoscale_args(argparse.ArgumentParser()).parse_args(flags))
+
+
+class Layer:
+    """One Megatron layer of Llama-2-7B's shape with FP8 attention, in a GPT whose vocabulary is next to nothing."""
+
+    def __init__(self, precision: list[str]) -> None:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+        from megatron.core.models.gpt.gpt_model import GPTModel
+
+        from megatron_geoscale.attention.spec import attach_scaling, use_emulated_attention
+        from megatron_geoscale.training.arguments import parse_args
+        from megatron_geoscale.training.model import transformer_config
+        from megatron_geoscale.training.norm import use_torch_norm
+
+        args = parse_args([*(LLAMA + LLAMA_2_7B_LAYER).split(), *precision])
+        config = transformer_config(args)
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization)
+        gpt = GPTModel(
+            config=config,
+            transformer_layer_spec=use_emulated_attention(use_torch_norm(spec)),
+            vocab_size=args.vocab_size,
+            max_sequence_length=args.seq_length,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+        )
+        if args.bf16:
+            gpt.bfloat16()
+        gpt.train()
+        self.module = gpt.decoder.layers[0]
+        self.engines = {what: attach_scaling([gpt], _config(flags)) for what, flags in RECIPES.items()}
+        self.attention = next(iter(self.engines.values())).layers[0]
+        self.rotary = gpt.rotary_pos_emb(args.seq_length)
+        shape = (args.seq_length, args.micro_batch_size, args.hidden_size)
+        self.hidden = torch.randn(shape, dtype=args.params_dtype, requires_grad=True)
+        self.gradient = torch.randn(shape, dtype=args.params_dtype)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Give the power estimators the vectors of a training under way: random weights would take hundreds of steps
+        to converge from random vectors, which a run does once, when it starts."""
+        from megatron_geoscale.spectral import power_iteration
+
+        p = self.attention.projections()
+        for engine in self.engines.values():
+            if engine.estimator.power:
+                granularity = engine.config.granularity
+                start = self.start(granularity)
+                estimates, vectors = power_iteration(p.q, p.k, start, 20, granularity=granularity)
+                prefix = f"geoscale.power_iteration.layer_{self.attention.number}"
+                engine.load_state_dict({f"{prefix}.vectors": vectors, f"{prefix}.estimates": estimates})
+            engine.refresh()
+
+    def start(self, granularity: str) -> torch.Tensor:
+        """Start vectors of the power iteration."""
+        from megatron_geoscale.spectral import start_vectors
+
+        heads = range(self.attention.num_heads) if granularity == "head" else None
+        return start_vectors(self.attention.hidden_size, layer=self.attention.number, heads=heads)
+
+    def forward_backward(self) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        self.hidden.grad = None
+        output, _ = self.module(self.hidden, attention_mask=None, rotary_pos_emb=self.rotary)
+        output.backward(self.gradient)
+
+
+def layer_of_7b(precision: list[str], rounds: int, materialised: bool) -> list[dict[str, Any]]:
+    """One Llama-2-7B-shaped layer: norms, parts of a refresh and whole refreshes against forward and backward."""
+    from megatron_geoscale.bounds.rotary import rotary_norm_bound
+    from megatron_geoscale.spectral import gram, gram_norm, power_iteration
+
+    case = "7B-shaped layer"
+    progress(f"{case}: building it")
+    layer = Layer(precision)
+    p = layer.attention.projections()
+    grams = gram(p.q), gram(p.k)
+    starts = {granularity: layer.start(granularity) for granularity in ("head", "layer")}
+    others: dict[str, Callable[[], Any]] = {
+        "norms of 32 heads, Gram": lambda: gram_norm(p.q, p.k),
+        "norms of 32 heads, one power step": lambda: power_iteration(p.q, p.k, starts["head"], 1, granularity="head"),
+        "norm of the layer, one power step": lambda: power_iteration(p.q, p.k, starts["layer"], 1, granularity="layer"),
+        "norms of 32 heads, QR and SVD of R_A R_B^T": lambda: svd_of_triangles(p.q, p.k),
+        "part: folded projections in float64": layer.attention.projections,
+        "part: Gram matrices of Q, K and V": lambda: (gram(p.q), gram(p.k), gram(p.v)),
+        "part: norms from Gram matrices": lambda: gram_norm(p.q, p.k, grams=grams),
+        "part: rotation-safe bound from Gram matrices": lambda: rotary_norm_bound(
+            p.q, p.k, rotary_dim=layer.attention.rotary_dim, grams=grams
+        ),
+        **{what: engine.refresh for what, engine in layer.engines.items()},
+    }
+    rows = list(paired(case, (FORWARD_BACKWARD, layer.forward_backward), others, rounds=rounds, inner=5))
+    if materialised:
+        progress(f"{case}: SVD of one head's 4096 x 4096 matrix")
+        svd = 32 * milliseconds(lambda: torch.linalg.svdvals(p.q[0].mT @ p.k[0]))
+        rows.append(row(case, "norms of 32 heads, SVD of A^T B", [svd], [rows[0]["ms"]], "32 times one head, run once"))
+    return rows
+
+
+def svd_of_triangles(w_q: torch.Tensor, w_k: torch.Tensor) -> torch.Tensor:
+    """||A^T B|| by dense factorisations that a head's rank allows: A^T = Q_A R_A, B^T = Q_B R_B, SVD of R_A R_B^T."""
+    r_q, r_k = (torch.linalg.qr(w.mT, mode="r").R for w in (w_q, w_k))
+    return torch.linalg.svdvals(r_q @ r_k.mT.repeat_interleave(len(r_q) // len(r_k), dim=0))[:, 0]
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    precision = ["--bf16"] if options.bf16 else []
+    load = load_average()
+    if load > 0.5:
+        progress(f"{load:.1f} processes were busy here over the last minute: the times will be those of a busy machine")
+    with megatron_on_one_rank():
+        rows = demo_model(precision, rounds=10)
+        rows += layer_of_7b(precision, options.rounds, not options.no_materialised_svd)
+        about = {**machine(), "load_before": load}
+    about["weights"] = "bfloat16" if options.bf16 else "float32"
+    print(
+        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, Python {about['python']}, "
+        f"torch {about['torch']}, megatron-core {about['megatron_core']}, {about['weights']} weights, "
+        f"load average before {load:.1f}, {about['date']}. Shares are of the first row of each case.\n"
+    )
+    print(markdown(rows))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
