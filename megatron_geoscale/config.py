@@ -8,9 +8,10 @@ that Megatron already has a flag for keeps Megatron's name.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 
-GEOMETRIC_RECIPES = ("certified", "paper")
+GEOMETRIC_RECIPES = ("certified", "rank_aware", "calibrated", "paper")
 """Recipes whose scales come from the weights."""
 BASELINE_RECIPES = ("delayed", "current")
 """Recipes whose scales come from the tensors: past ones (delayed) or this one (current). THEORY 7."""
@@ -30,8 +31,10 @@ class GeoScaleConfig:
     """
 
     recipe: str = "certified"
-    """`certified`: worst case, holds for every input. `paper`: power iteration and rank-aware alpha (arXiv:2602.18851).
-    `delayed`, `current`: the baselines. `none`: attention without FP8."""
+    """`certified`: worst case, holds for every input. `rank_aware`: for isotropic tokens, up to a small probability.
+    `calibrated`: `certified` in a burn-in, then tighter by what it saw. `paper`: power iteration and rank-aware alpha
+    (arXiv:2602.18851), followed by a calibrated one where logits are cast. `delayed`, `current`: the baselines. `none`:
+    attention without FP8."""
     estimator: str | None = None
     """How sigma is computed, `gram` (exact) or `power` (one warm step a refresh); None takes the recipe's own."""
     granularity: str = "head"
@@ -40,7 +43,14 @@ class GeoScaleConfig:
     """eta of THEORY 5, in (0, 1]: the share of the FP8 range that a bound may fill. What rounding in the layer's own
     arithmetic can add to a bound is allowed for apart from it (`bounds.tensors.rounding_allowance`)."""
     failure_probability: float = 1e-6
-    """delta of THEORY 4, in (0, 1): read by `paper` only."""
+    """delta of THEORY 4, in (0, 1): read by `rank_aware` and `paper`."""
+    burn_in_steps: int = 100
+    """T_b of THEORY 6: training steps observed before alpha is set; read by `calibrated` and `paper`."""
+    calibration_factor: float = 1.5
+    """kappa of THEORY 6, above 1: room above the largest share of a bound that the burn-in saw. A stationary run that
+    is 10,000 times as long reaches 1.2 times that with Gaussian tails, 1.5 times with exponential ones."""
+    alpha_floor: float = 0.01
+    """Least alpha that a calibration may set, in (0, 1]: a burn-in on unusual data tightens no bound beyond it."""
     refresh_interval: int = 1
     """Applied optimizer steps between two refreshes. Above 1 the scales belong to older weights."""
     attention: str = "auto"
@@ -65,6 +75,12 @@ class GeoScaleConfig:
             raise ValueError(f"{_flag('margin')} must lie in (0, 1], not {self.margin}")
         if not 0.0 < self.failure_probability < 1.0:
             raise ValueError(f"{_flag('failure_probability')} must lie in (0, 1), not {self.failure_probability}")
+        if self.burn_in_steps < 1:
+            raise ValueError(f"{_flag('burn_in_steps')} must be 1 or more, not {self.burn_in_steps}")
+        if not 1.0 < self.calibration_factor < math.inf:
+            raise ValueError(f"{_flag('calibration_factor')} must be above 1 and finite, not {self.calibration_factor}")
+        if not 0.0 < self.alpha_floor <= 1.0:
+            raise ValueError(f"{_flag('alpha_floor')} must lie in (0, 1], not {self.alpha_floor}")
         if self.refresh_interval < 1:
             raise ValueError(f"{_flag('refresh_interval')} must be 1 or more, not {self.refresh_interval}")
 
@@ -72,6 +88,12 @@ class GeoScaleConfig:
     def is_geometric(self) -> bool:
         """Whether the scales come from the weights."""
         return self.recipe in GEOMETRIC_RECIPES
+
+    @property
+    def calibrated_slots(self) -> tuple[str, ...]:
+        """Slots whose bound gets an alpha from a burn-in (THEORY 6): only such as are cast can be observed."""
+        logits = ("logits",) if self.logits_dtype == "fp8" else ()
+        return {"calibrated": ("qkv", *logits, "o"), "paper": logits}.get(self.recipe, ())
 
 
 def _flag(name: str) -> str:
@@ -91,7 +113,14 @@ def add_geoscale_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--geoscale-margin", type=float, default=default.margin, metavar="ETA",
                        help="share of the FP8 range that a bound may fill (default: 1.0)")
     group.add_argument("--geoscale-failure-probability", type=float, default=default.failure_probability,
-                       metavar="DELTA", help="of the isotropic bound of the paper recipe (default: 1e-6)")
+                       metavar="DELTA", help="of the isotropic bounds of rank_aware and paper (default: 1e-6)")
+    group.add_argument("--geoscale-burn-in-steps", type=int, default=default.burn_in_steps, metavar="N",
+                       help="training steps that calibrated (and paper, for fp8 logits) observes before it sets alpha "
+                       "(default: 100)")
+    group.add_argument("--geoscale-calibration-factor", type=float, default=default.calibration_factor,
+                       metavar="KAPPA", help="alpha is KAPPA times the largest share of a bound seen (default: 1.5)")
+    group.add_argument("--geoscale-alpha-floor", type=float, default=default.alpha_floor, metavar="ALPHA",
+                       help="least alpha that a calibration may set (default: 0.01)")
     group.add_argument("--geoscale-refresh-interval", type=int, default=default.refresh_interval, metavar="N",
                        help="applied optimizer steps between refreshes; above 1 even certified scales can be outrun "
                        "by the weights (default: 1)")
@@ -110,6 +139,9 @@ def geoscale_config_from_args(args: argparse.Namespace) -> GeoScaleConfig:
         granularity=args.geoscale_granularity,
         margin=args.geoscale_margin,
         failure_probability=args.geoscale_failure_probability,
+        burn_in_steps=args.geoscale_burn_in_steps,
+        calibration_factor=args.geoscale_calibration_factor,
+        alpha_floor=args.geoscale_alpha_floor,
         refresh_interval=args.geoscale_refresh_interval,
         attention=args.geoscale_attention,
         logits_dtype=args.geoscale_logits_dtype,

@@ -129,7 +129,8 @@ def _certify(g_q: Tensor, g_k: Tensor, scale: Tensor) -> Balance:
         return by[:, :, None] * grams * by[:, None, :]
 
     grams = scaled(g_q, scale), scaled(per_query_head(g_k, g_q), 1.0 / scale), g_q, g_k
-    query, key, plain_query, plain_key = certified_gram_norm(torch.cat(grams)).split([len(g) for g in grams])
+    norms = certified_gram_norm(torch.cat(grams))
+    query, key, plain_query, plain_key = torch.split(norms, [len(g) for g in grams])
     return Balance(
         scale=scale, query=query, key=key, plain_query=plain_query, plain_key=per_query_head(plain_key, g_q)
     )
@@ -157,7 +158,7 @@ def _search(g_q: Tensor, g_k: Tensor, first: Tensor, second: Tensor) -> Tensor:
         return (sums * share / total.where(total > 0, torch.ones_like(total)) + _NEGLIGIBLE).log()
 
     def move(log_scale: Tensor, sums: Tensor, exponent: float) -> Tensor:
-        query, key = log_share(sums)
+        query, key = log_share(sums).unbind()
         return (log_scale + exponent * (key - query)).clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
 
     share = pool(g_q.new_ones(rows), 0).reciprocal()

@@ -7,6 +7,7 @@
 a change of the weights (an applied optimizer step, a load). It holds one MAX all-reduce over the whole job, of
 [layers, bounds] numbers: over tensor-parallel ranks it joins the heads of a layer, over pipeline stages it completes
 the table, over data-parallel replicas it changes nothing, and it carries the news of a non-finite weight to everyone.
+With fewer key/value groups than tensor-parallel ranks each layer adds an all-gather of its linear_qkv over those.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_geoscale.config import GeoScaleConfig
 from megatron_geoscale.scaling import guard
+from megatron_geoscale.scaling.calibrator import Calibrator
 from megatron_geoscale.scaling.estimator import SigmaEstimator
 from megatron_geoscale.scaling.gauge import SlotGauge
 from megatron_geoscale.scaling.layer_bounds import Grams, bound_layer
@@ -38,6 +40,8 @@ class GeoScaleEngine:
         self.table = ScaleTable(num_layers, device)
         self.gauge = SlotGauge(num_layers, device)
         self.estimator = SigmaEstimator(self.layers, config)
+        self.calibrator = Calibrator(num_layers, config, device) if config.calibrated_slots else None
+        """Sets alpha from what a burn-in saw (THEORY 6), under recipes that do so."""
         self.refresh_ms = 0.0
         """Wall time of the last refresh, milliseconds."""
 
@@ -54,8 +58,9 @@ class GeoScaleEngine:
         for layer in layers:
             refuse_unbounded(layer)
         engine = cls(layers, config, device=layers[0].device)
+        gauges = [engine.gauge] if engine.calibrator is None else [engine.gauge, engine.calibrator.gauge]
         for layer in engine.layers:
-            layer.core_attention.scaler = TableScaler(engine.table, engine.gauge, layer)
+            layer.core_attention.scaler = TableScaler(engine.table, gauges, layer)
         return engine
 
     @property
@@ -79,7 +84,10 @@ class GeoScaleEngine:
         for layer in self.layers:
             projections = layer.projections()
             code = guard.find_nonfinite(
-                projections, first_head=layer.first_head, heads_per_group=layer.heads_per_group
+                projections,
+                layer.head_norms(),
+                first_head=layer.first_head,
+                heads_per_group=layer.heads_per_group,
             )
             if code:
                 rows[layer.number - 1, -1] = code
@@ -95,13 +103,42 @@ class GeoScaleEngine:
             dist.all_reduce(rows, op=dist.ReduceOp.MAX)
         guard.raise_if_nonfinite(rows[:, -1])
         bounds = rows[:, :-1]
-        self.table.swap(scales_from_bounds(bounds, self.layers[0], self.config), bounds)
+        self._swap(bounds)
         self.refresh_ms = (time.perf_counter() - start) * 1e3
 
+    def _swap(self, bounds: torch.Tensor) -> None:
+        alpha = None if self.calibrator is None else self.calibrator.alpha
+        self.table.swap(scales_from_bounds(bounds, self.layers[0], self.config, alpha), bounds)
+
+    def begin_step(self) -> None:
+        """Forget what validation has cast: calibration is a matter of training steps."""
+        if self.calibrator is not None:
+            self.calibrator.gauge.reset()
+
+    @torch.no_grad()
+    def end_step(self) -> list[str]:
+        """Calibrate from the training step that has run; a changed alpha is in the table at once, for the next step.
+
+        Nothing, under recipes that do not calibrate; else collective over the whole job, once a step on every rank,
+        whether or not its optimizer step was applied. Returns sentences to print, the same on every rank.
+        """
+        if self.calibrator is None:
+            return []
+        bounds = self.table.bounds
+        told = self.calibrator.end_step(
+            lambda: scales_from_bounds(bounds, self.layers[0], self.config, torch.ones_like(self.calibrator.factors))
+        )
+        if told:
+            self._swap(bounds.clone())
+        return told
+
     def sharded_state_dict(self) -> dict[str, Any]:
-        """State for the distributed checkpoint: the estimator's. Scales are never saved, they follow from weights."""
-        return self.estimator.sharded_state_dict()
+        """State for the distributed checkpoint: estimator's and calibrator's. Scales are never saved, they follow."""
+        calibration = {} if self.calibrator is None else self.calibrator.sharded_state_dict()
+        return self.estimator.sharded_state_dict() | calibration
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `sharded_state_dict` saved."""
         self.estimator.load_state_dict(state)
+        if self.calibrator is not None:
+            self.calibrator.load_state_dict(state)

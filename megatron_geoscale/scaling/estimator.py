@@ -103,6 +103,8 @@ class SigmaEstimator:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take up what `sharded_state_dict` saved: the next refresh is one warm step, as if nothing had stopped."""
+        if not self.power:
+            return
         for layer in self.layers:
             prefix = f"geoscale.power_iteration.layer_{layer.number}."
             if not state[prefix + "vectors"].any():  # saved before the first refresh: there was nothing to save

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from megatron_geoscale.bounds.qk_norm import HeadNorm
 from megatron_geoscale.spectral.projections import Projections
 
-MATRICES = ("W_Q", "W_K", "W_V")
+MATRICES = ("W_Q", "W_K", "W_V", "q_layernorm", "k_layernorm")
 _MAX_HEADS = 1 << 20
 
 
@@ -19,10 +20,17 @@ class NonFiniteWeightsError(RuntimeError):
     """Attention weights, their norm gain or their bias hold NaN or Inf; raised on every rank alike."""
 
 
-def find_nonfinite(projections: Projections, *, first_head: int, heads_per_group: int) -> int:
-    """Code of the first non-finite folded projection, 0 when all are finite.
+def find_nonfinite(
+    projections: Projections,
+    head_norms: tuple[HeadNorm, HeadNorm] | None = None,
+    *,
+    first_head: int,
+    heads_per_group: int,
+) -> int:
+    """Code of the first non-finite folded projection or QK-norm, 0 when all are finite.
 
-    A key or value matrix is reported under the first query head of its group. One host synchronisation.
+    A key or value matrix is reported under the first query head of its group, a norm under the rank's first head. One
+    host synchronisation a matrix.
     """
     matrices = (
         (projections.q, projections.q_bias, 1),
@@ -36,7 +44,12 @@ def find_nonfinite(projections: Projections, *, first_head: int, heads_per_group
             finite &= bias.sum(dim=-1).isfinite()
         if not bool(finite.all()):
             index = int((~finite).nonzero()[0, 0])
-            return 1 + matrix * _MAX_HEADS + first_head + index * heads_per_matrix
+            head = first_head + index * heads_per_matrix
+            return 1 + matrix * _MAX_HEADS + head - head % heads_per_matrix
+    for matrix, norm in enumerate(head_norms or (), start=len(matrices)):
+        shift = norm.gain if norm.shift is None else norm.shift
+        if not bool((norm.gain.isfinite() & shift.isfinite()).all()):
+            return 1 + matrix * _MAX_HEADS + first_head
     return 0
 
 

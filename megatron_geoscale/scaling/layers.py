@@ -10,12 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 
+from megatron_geoscale.bounds.qk_norm import HeadNorm
 from megatron_geoscale.spectral.projections import Projections, fold_norm, input_norm_bound, split_linear_qkv
 
 ROTARY_KINDS = {"rope": True, "learned_absolute": False, "none": False}
@@ -76,7 +80,7 @@ class AttentionLayer:
     @property
     def num_local_heads(self) -> int:
         """Query heads of this tensor-parallel rank."""
-        return self.attention.num_attention_heads_per_partition
+        return self.num_heads // self.tp_group.size()
 
     @property
     def first_head(self) -> int:
@@ -85,7 +89,13 @@ class AttentionLayer:
 
     @property
     def heads_per_group(self) -> int:
-        return self.num_local_heads // self.attention.num_query_groups_per_partition
+        """Query heads of the whole layer that read one key and value."""
+        return self.num_heads // self.config.num_query_groups
+
+    @property
+    def ranks_per_group(self) -> int:
+        """Tensor-parallel ranks that hold a copy of one key and value; above 1 with fewer groups than ranks."""
+        return max(1, self.tp_group.size() // self.config.num_query_groups)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,7 +117,10 @@ class AttentionLayer:
 
     @torch.no_grad()
     def projections(self) -> Projections:
-        """This rank's heads with norm gain, norm bias and projection bias folded in (THEORY 1), float64."""
+        """This rank's heads with norm gain, norm bias and projection bias folded in (THEORY 1), float64.
+
+        A collective over tensor parallelism where `ranks_per_group` is above 1: all ranks of the group must call it.
+        """
         linear, norm = self.attention.linear_qkv, self.norm
         fused = norm is linear
         gain = getattr(norm, "layer_norm_weight" if fused else "weight").double()
@@ -118,27 +131,64 @@ class AttentionLayer:
         if bias is not None and bias.numel() == 0:  # TE keeps an empty tensor where there is no bias
             bias = None
         w_q, b_q, w_k, b_k, w_v, b_v = split_linear_qkv(
-            linear.weight,
-            bias,
+            self._rows_of_groups(_as_used(linear.weight)),
+            None if bias is None else self._rows_of_groups(bias),
             num_groups=self.attention.num_query_groups_per_partition,
             heads_per_group=self.heads_per_group,
             head_dim=self.head_dim,
         )
+        if self.ranks_per_group > 1:  # the group's query heads are spread over the ranks that share its key and value
+            first = self.first_head % self.heads_per_group
+            mine = slice(first, first + self.num_local_heads)
+            w_q, b_q = w_q[mine], None if b_q is None else b_q[mine]
         folded = []
         for weight, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v)):
             folded += fold_norm(weight, b, gain=gain, shift=shift)
         return Projections(*folded)
 
+    def _rows_of_groups(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of this rank's query groups, output gates left out, from its shard of `linear_qkv`'s weight or bias.
 
-def find_attention_layers(model_chunks: Sequence[torch.nn.Module]) -> list[AttentionLayer]:
+        Where ranks share a group, the rows that a rank holds are not those of its heads: the layer's are gathered.
+        """
+        if self.ranks_per_group > 1:
+            ranks = self.tp_group.size()
+            whole = rows.new_empty((ranks * rows.shape[0], *rows.shape[1:]))
+            dist.all_gather_into_tensor(whole, rows.detach().contiguous(), group=self.tp_group)
+            rows = whole.chunk(self.config.num_query_groups)[self.tp_group.rank() // self.ranks_per_group]
+        if getattr(self.config, "attention_output_gate", False):  # [queries, their gates, key, value] of each group
+            n = self.heads_per_group
+            grouped = rows.unflatten(0, (-1, 2 * n + 2, self.head_dim))
+            rows = torch.cat([grouped[:, :n], grouped[:, 2 * n :]], dim=1).flatten(0, 2)
+        return rows
+
+    @torch.no_grad()
+    def head_norms(self) -> tuple[HeadNorm, HeadNorm] | None:
+        """Of the queries and of the keys, where the layer normalises them per head (THEORY 3, QK-norm), else None."""
+        query, key = _head_norm_modules(self.attention)
+        if query is None or key is None:
+            return None
+        return self._head_norm(query), self._head_norm(key)
+
+    def _head_norm(self, module: torch.nn.Module) -> HeadNorm:
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if weight is None:  # L2Norm
+            return HeadNorm(torch.ones(self.head_dim, dtype=torch.float64, device=self.device))
+        gain = weight.double() + (1.0 if self.config.layernorm_zero_centered_gamma else 0.0)
+        return HeadNorm(gain, None if bias is None else bias.double())
+
+
+def find_attention_layers(
+    model_chunks: Sequence[torch.nn.Module], *, takes_scales: bool = True
+) -> list[AttentionLayer]:
     """Every self-attention layer of `model_chunks` (wrapped in DDP and Float16Module or not), in layer order.
 
-    Raises ValueError where no layer's core attention takes FP8 scales.
+    takes_scales: only those whose core attention takes FP8 scales. Raises ValueError where there is none.
     """
     layers: list[AttentionLayer] = []
     for chunk in model_chunks:
         model = unwrap_model(chunk)
-        layers += [_describe(model, layer) for layer in _transformer_layers(model)]
+        layers += [_describe(model, layer) for layer in _transformer_layers(model, takes_scales)]
     if not layers:
         raise ValueError(
             "no attention layer with FP8 attention was found in the model: build it from a layer spec that "
@@ -147,12 +197,12 @@ def find_attention_layers(model_chunks: Sequence[torch.nn.Module]) -> list[Atten
     return sorted(layers, key=lambda layer: layer.number)
 
 
-def _transformer_layers(model: torch.nn.Module) -> Iterator[TransformerLayer]:
+def _transformer_layers(model: torch.nn.Module, takes_scales: bool) -> Iterator[TransformerLayer]:
     for module in model.modules():
-        if isinstance(module, TransformerLayer) and hasattr(
-            getattr(module.self_attention, "core_attention", None), "scaler"
-        ):
-            yield module
+        if isinstance(module, TransformerLayer):
+            core_attention = getattr(module.self_attention, "core_attention", None)
+            if core_attention is not None and (hasattr(core_attention, "scaler") or not takes_scales):
+                yield module
 
 
 def _describe(model: torch.nn.Module, layer: TransformerLayer) -> AttentionLayer:
@@ -168,20 +218,36 @@ def _describe(model: torch.nn.Module, layer: TransformerLayer) -> AttentionLayer
     )
 
 
+def _as_used(weight: torch.Tensor) -> torch.Tensor:
+    """FP8 primary weights as the values that the matrix product takes them for; other weights as they are."""
+    return weight.dequantize() if is_float8tensor(weight) else weight
+
+
+def _head_norm_modules(attention: torch.nn.Module) -> list[torch.nn.Module | None]:
+    """The norms of one head's query and key; None for one that is not there."""
+    norms = [getattr(attention, name, None) for name in ("q_layernorm", "k_layernorm")]
+    return [None if isinstance(norm, IdentityOp) else norm for norm in norms]
+
+
+def _is_norm_of_a_head(module: torch.nn.Module, head_dim: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(module, L2Norm) if weight is None else tuple(weight.shape) == (head_dim,)
+
+
 def refuse_unbounded(layer: AttentionLayer) -> None:
     """Raise ValueError, in one sentence naming layer and flag, where the bounds do not cover `layer`."""
     config, position = layer.config, layer.position_embedding_type
+    head_norms = [norm for norm in _head_norm_modules(layer.attention) if norm is not None]
     for unsupported, what in (
         (config.multi_latent_attention, "--multi-latent-attention"),
         (not isinstance(layer.attention, SelfAttention), f"{type(layer.attention).__name__} as self attention"),
-        (config.qk_layernorm, "--qk-layernorm"),
-        (getattr(config, "attention_output_gate", False), "--attention-output-gate"),
+        (len(head_norms) == 1, "a norm of the queries or the keys alone"),
+        (
+            not all(_is_norm_of_a_head(norm, layer.head_dim) for norm in head_norms),
+            "a norm of queries and keys that is not one of a head's entries",
+        ),
         (config.apply_query_key_layer_scaling, "--apply-query-key-layer-scaling"),
         (position not in ROTARY_KINDS, f"--position-embedding-type {position}"),
-        (
-            config.num_query_groups < config.tensor_model_parallel_size,
-            "--num-query-groups below --tensor-model-parallel-size",
-        ),
         (
             isinstance(layer.norm, IdentityOp) or config.normalization not in ("LayerNorm", "RMSNorm"),
             "attention whose input is not normalised by LayerNorm or RMSNorm",

@@ -7,6 +7,8 @@ most 1/16 of itself, or by half the smallest subnormal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_geoscale.bounds.tensors import FLOAT32_ROUNDOFF, rounding_allowance
@@ -26,29 +28,40 @@ FP32_SLACK = 2.0**-10
 """Relative room for the float32 sums of attention itself, at most a few thousand terms of roundoff 2**-24 each."""
 
 
-def scales_from_bounds(bounds: torch.Tensor, layer: AttentionLayer, config: GeoScaleConfig) -> torch.Tensor:
+def scales_from_bounds(
+    bounds: torch.Tensor, layer: AttentionLayer, config: GeoScaleConfig, alpha: torch.Tensor | None = None
+) -> torch.Tensor:
     """Scales float32 [num_layers, len(SLOTS)] from bounds float64 [num_layers, len(BOUNDS)].
 
     `layer` gives the constants that all layers share. The backward slots stay 0: `TableScaler` scales them from dO.
+    alpha: calibrated factors of the slots' bounds, float64 [num_layers, len(SLOTS)] (THEORY 6); None where there are
+    none, which is not the same as 1 under `paper`: there it leaves the published, rank-aware bound.
     """
+    factor = None if alpha is None else dict(zip(SLOTS, alpha.unbind(1), strict=True))
     bound = dict(zip(BOUNDS, bounds.unbind(1), strict=True))
     scale = dict.fromkeys(SLOTS, torch.zeros_like(bound["sigma"], dtype=torch.float32))
     allowance = rounding_allowance(layer.hidden_size, unit_roundoff=layer.unit_roundoff)
     keep = 1.0 - layer.dropout
 
     amax_qkv = torch.maximum(torch.maximum(bound["amax_q"], bound["amax_k"]), bound["amax_v"]) * allowance
+    if factor is not None:
+        amax_qkv = amax_qkv * factor["qkv"]
     scale["qkv"] = scale_from_amax(amax_qkv, E4M3, margin=config.margin)
     subnormal = E4M3_SUBNORMAL / scale["qkv"].double()
 
-    amax_logits = bound["logit_bound"]
+    amax_logits = bound["logit_bound" if factor is None else "logit_worst"]
     if config.recipe != "paper":  # its logit scale is the published one, of the bound alone
         amax_logits = amax_logits + layer.softmax_scale * _product_error(bound, subnormal, layer)
+    if factor is not None:
+        amax_logits = amax_logits * factor["logits"]
     scale["logits"] = scale_from_amax(amax_logits, E4M3, margin=config.margin)
 
     scale["s"] = scale_from_amax(torch.full_like(bound["sigma"], 1.0 / keep), E4M3)
     # A row of probabilities sums to 1, after dropout to 1/keep at most; its casts can add 1/16, or a subnormal each.
     row_sum = ((1.0 + E4M3_ROUNDING) + layer.max_sequence_length * E4M3_SUBNORMAL / E4M3.max) / keep
     amax_o = (bound["amax_v"] * allowance * (1.0 + E4M3_ROUNDING) + subnormal) * row_sum * (1.0 + FP32_SLACK)
+    if factor is not None:
+        amax_o = amax_o * factor["o"]
     scale["o"] = scale_from_amax(amax_o, E4M3, margin=config.margin)
     return torch.stack([scale[slot] for slot in SLOTS], dim=1)
 
@@ -82,8 +95,10 @@ class TableScaler:
     which sees the amax of its own heads only.
     """
 
-    def __init__(self, table: ScaleTable, gauge: SlotGauge, layer: AttentionLayer) -> None:
-        self._table, self._gauge, self._row = table, gauge, layer.number - 1
+    def __init__(self, table: ScaleTable, gauges: SlotGauge | Sequence[SlotGauge], layer: AttentionLayer) -> None:
+        """`gauges` are told of every cast."""
+        self._table, self._row = table, layer.number - 1
+        self._gauges = [gauges] if isinstance(gauges, SlotGauge) else list(gauges)
         self._softmax_scale, self._keep, self._head_dim = layer.softmax_scale, 1.0 - layer.dropout, layer.head_dim
         self._norm_allowance = _norm_allowance(layer)
         self._used: dict[str, torch.Tensor] = {}
@@ -111,4 +126,5 @@ class TableScaler:
 
     def observe(self, slot: str, amax: torch.Tensor, saturated: torch.Tensor, flushed: torch.Tensor) -> None:
         """As `LayerScaler.observe`."""
-        self._gauge.observe(self._row, slot, amax, saturated, flushed, self._used[slot])
+        for gauge in self._gauges:
+            gauge.observe(self._row, slot, amax, saturated, flushed, self._used[slot])

@@ -12,10 +12,23 @@ import torch
 
 from megatron_geoscale.scaling.slots import SLOTS
 
-BOUNDS = ("sigma", "sigma_bound", "logit_bound", "amax_q", "amax_k", "amax_v", "query_norm", "key_norm", "value_norm")
+BOUNDS = (
+    "sigma",
+    "sigma_bound",
+    "logit_bound",
+    "logit_worst",
+    "amax_q",
+    "amax_k",
+    "amax_v",
+    "query_norm",
+    "key_norm",
+    "value_norm",
+)
 """Columns of `ScaleTable.bounds`, each the largest over the layer's heads. sigma: ||A^T B||_2 by the chosen estimator,
-unrotated. sigma_bound: what logit_bound uses. logit_bound: of |logit|. amax_*: of an entry of Q, K (after RoPE), V.
-*_norm: of the 2-norm of one head's query, key or value vector."""
+unrotated. sigma_bound: what logit_bound uses. logit_bound: of |logit|. logit_worst: the same
+with alpha = 1, what a calibrated alpha is a share of. amax_*: of an entry of Q, K (after RoPE), V.
+*_norm: of the 2-norm of one head's query, key or value vector. All are functions of the weights: a calibrated alpha
+(THEORY 6) is in the scales only."""
 
 
 class ScaleTable:

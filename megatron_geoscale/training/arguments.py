@@ -95,6 +95,8 @@ def _add_model_args(parser: argparse.ArgumentParser) -> None:
     add("--disable-bias-linear", action="store_true")
     add("--add-qkv-bias", action="store_true")
     add("--qk-layernorm", action="store_true")
+    add("--qk-l2-norm", action="store_true", help="L2-normalise queries and keys, without a gain")
+    add("--attention-output-gate", action="store_true")
     add("--init-method-std", type=float, default=0.02)
 
 
@@ -281,11 +283,21 @@ def _check_parallel(args: argparse.Namespace) -> None:
         f"--pipeline-model-parallel-size {pp}",
     )
     args.data_parallel_size = args.world_size // (tp * pp)
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+    for name in ("num_attention_heads", "ffn_hidden_size"):
         _require(
             getattr(args, name) % tp == 0,
             f"{_flag(name)} {getattr(args, name)} is not divisible by --tensor-model-parallel-size {tp}",
         )
+    groups = args.num_query_groups
+    _require(
+        groups % tp == 0 or (tp % groups == 0 and 2 * groups * args.kv_channels % tp == 0),
+        f"--num-query-groups {groups} must be divisible by --tensor-model-parallel-size {tp} or divide it, and then "
+        f"the rows of keys and values, 2 x {groups} x {args.kv_channels}, must be divisible by {tp}",
+    )
+    _require(
+        groups % tp == 0 or not args.attention_output_gate,
+        f"--attention-output-gate needs --num-query-groups {groups} divisible by --tensor-model-parallel-size {tp}",
+    )
     if args.sequence_parallel and tp == 1:
         args.sequence_parallel = False  # as Megatron does: there is nothing to split
     _require(
@@ -367,6 +379,13 @@ def _check_data(args: argparse.Namespace) -> None:
     )
     if args.split is None and args.data_path:
         args.split = "969, 30, 1"
+    if args.split is not None:
+        try:
+            weights = [float(weight) for weight in args.split.split(",")]
+        except ValueError:
+            weights = []
+        _require(1 <= len(weights) <= 3 and min(weights) >= 0 and sum(weights) > 0,
+                 f"--split must be up to three weights like 969,30,1, not {args.split!r}")
     if args.tokenizer_type is None:
         _require(args.mock_data, "--tokenizer-type is required with real data")
         args.tokenizer_type = "NullTokenizer"

@@ -10,9 +10,11 @@ directory called iter_* is complete at any moment, whenever a rank is killed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_geoscale.scaling.engine import GeoScaleEngine
 
@@ -46,6 +49,9 @@ _SHAPE_FLAGS = (
     "swiglu",
     "disable_bias_linear",
     "add_qkv_bias",
+    "qk_layernorm",
+    "qk_l2_norm",
+    "attention_output_gate",
     "untie_embeddings_and_output_weights",
     "padded_vocab_size",
 )
@@ -131,9 +137,28 @@ def checkpoint_to_load(args: argparse.Namespace) -> Path | None:
             raise ValueError(f"--load {args.load} holds no checkpoint: {TRACKER} is not there")
         return None
     directory = iteration_directory(args.load, iteration)
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+    with _reading(directory):
+        complete = dist_checkpointing.check_is_distributed_checkpoint(str(directory))
+    if not complete:
         raise ValueError(f"{directory} is not a complete torch_dist checkpoint")
     return directory
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    """One sentence that names `directory` for whatever goes wrong inside: a damaged file raises anything."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = (str(cause).strip().splitlines() or [""])[0][:200]
+        raise ValueError(f"{directory} cannot be read as a checkpoint: {type(cause).__name__} {reason}") from error
+
+
+def _common_state(directory: Path) -> dict[str, Any]:
+    with _reading(directory):
+        state: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(directory))
+        return state
 
 
 def saved_vocabulary_padding(args: argparse.Namespace) -> int | None:
@@ -145,7 +170,7 @@ def saved_vocabulary_padding(args: argparse.Namespace) -> int | None:
     directory = checkpoint_to_load(args)
     if directory is None:
         return None
-    saved = dist_checkpointing.load_common_state_dict(str(directory))["args"]
+    saved = _common_state(directory)["args"]
     same_tokenizer = saved.tokenizer_vocab_size == args.tokenizer_vocab_size
     divisible = saved.padded_vocab_size % args.tensor_model_parallel_size == 0
     return saved.padded_vocab_size if same_tokenizer and divisible else None
@@ -155,13 +180,14 @@ def load_checkpoint(run: Run) -> Path | None:
     """Take up the checkpoint in --load; None where there is none yet. Collective over the whole job.
 
     With --finetune only weights are taken. The RNG state and power-iteration vectors follow where the parallel layout
-    allows. Raises ValueError in one sentence for a checkpoint of another shape, or one that cannot be read.
+    allows, a calibration always, if it is the recipe's own. Raises ValueError in one sentence for a checkpoint of
+    another shape, or one that cannot be read.
     """
     args = run.args
     directory = checkpoint_to_load(args)
     if directory is None:
         return None
-    common = dist_checkpointing.load_common_state_dict(str(directory))
+    common = _common_state(directory)
     saved: argparse.Namespace = common["args"]
     _check_shape(args, saved, directory)
 
@@ -174,7 +200,8 @@ def load_checkpoint(run: Run) -> Path | None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
     )
     with_rng = not args.finetune and not args.no_load_rng and not saved.no_save_rng and same_layout
-    tensors = dist_checkpointing.load_tensors_metadata(str(directory))
+    with _reading(directory):
+        tensors = dist_checkpointing.load_tensors_metadata(str(directory))
     template = _sharded_state(run, loading=True, optimizer=with_optimizer, rng=with_rng)
     scaler_keys = template.get("geoscale", {})
     with_scaler = not args.finetune and bool(scaler_keys) and all(
@@ -183,7 +210,8 @@ def load_checkpoint(run: Run) -> Path | None:
     )
     if not with_scaler:
         template.pop("geoscale", None)
-    loaded = dist_checkpointing.load(template, str(directory))
+    with _reading(directory):
+        loaded = dist_checkpointing.load(template, str(directory))
 
     for key, chunk in _named_chunks(run.chunks):
         unwrap_model(chunk).load_state_dict(loaded[key])
@@ -202,7 +230,8 @@ def load_checkpoint(run: Run) -> Path | None:
 
 
 def _check_shape(args: argparse.Namespace, saved: argparse.Namespace, directory: Path) -> None:
-    for name in _SHAPE_FLAGS:
+    learned = ("max_position_embeddings",) if args.position_embedding_type == "learned_absolute" else ()
+    for name in (*_SHAPE_FLAGS, *learned):
         ours, theirs = getattr(args, name), getattr(saved, name)
         if ours != theirs:
             flag = "--vocab-size, padded," if name == "padded_vocab_size" else "--" + name.replace("_", "-")

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset as MegatronGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.tokenizers import MegatronTokenizer
@@ -83,6 +84,15 @@ def check_indexed_dataset(prefix: str) -> None:
         raise ValueError(f"{data} is truncated: {data.stat().st_size} bytes where {index.name} promises {expected}")
 
 
+class GPTDataset(MegatronGPTDataset):
+    """megatron-core's, but a split without tokens is refused: megatron-core would look for a sample of it for ever."""
+
+    def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
+        if num_tokens_per_epoch == 0:
+            raise ValueError(f"--split leaves no document of {self.dataset_path} for the {self.index_split.name} split")
+        return int(super()._get_num_epochs(num_tokens_per_epoch))
+
+
 def build_datasets(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any]:
     """Training and validation datasets, None on ranks that feed no model stage.
 
@@ -110,6 +120,9 @@ def build_datasets(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any]:
         create_attention_mask=args.reset_attention_mask,
         **blends,
     )
+    for split, size in ((1, num_valid), (2, 0)):
+        if config.split_matrix and size == 0:
+            config.split_matrix[split] = None  # not built, whether or not it has documents
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     train, valid, _ = BlendedMegatronDatasetBuilder(dataset, [num_train, num_valid, 0], _feeds_model, config).build()
     if _feeds_model() and num_train and train is None:

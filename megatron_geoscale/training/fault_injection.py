@@ -49,7 +49,6 @@ def inject(fault: Fault, layers: Sequence[AttentionLayer], num_layers: int, opti
             if getattr(linear, "bias", None) is not None:
                 linear.bias.mul_(fault.factor)
         elif layer.number == num_layers and layer.tp_group.rank() == layer.tp_group.size() - 1:
-            rows_per_group = linear.weight.shape[0] // layer.attention.num_query_groups_per_partition
-            first_key_row = linear.weight.shape[0] - rows_per_group + layer.heads_per_group * layer.head_dim
-            linear.weight[first_key_row, 0] = float("nan")
+            # The last group's key lies before its value; where ranks share the group it may begin on an earlier one.
+            linear.weight[max(0, linear.weight.shape[0] - 2 * layer.head_dim), 0] = float("nan")
     optimizer.reload_model_params()

@@ -139,7 +139,8 @@ class Trainer:
         faulty = fault is not None and fault.step == self.state.iteration
         if faulty:
             self._gather_params()
-            inject(fault, find_attention_layers(run.chunks), self.args.num_layers, run.optimizer)
+            layers = find_attention_layers(run.chunks, takes_scales=run.scaling is not None)
+            inject(fault, layers, self.args.num_layers, run.optimizer)
             self._applied_since_refresh = self.args.geoscale.refresh_interval
         for chunk in run.chunks:
             chunk.zero_grad_buffer()
@@ -147,6 +148,8 @@ class Trainer:
         run.optimizer.zero_grad()
         refresh_ms = self._refresh()
         self._monitor.measure_sqnr(faulty)
+        if isinstance(run.scaling, GeoScaleEngine):
+            run.scaling.begin_step()
 
         loss = _run_schedule(run, self._iterators, forward_only=False)
         applied, grad_norm, _ = run.optimizer.step()
@@ -172,6 +175,9 @@ class Trainer:
         self._monitor.report(report)
         if isinstance(run.scaling, DelayedScaling):
             run.scaling.end_step()  # after the report, which shows the scales that this step has used
+        elif isinstance(run.scaling, GeoScaleEngine):
+            for sentence in run.scaling.end_step():  # likewise
+                print_from_reporter(sentence)
 
     def _refresh(self) -> float:
         """Make the scale table agree with the weights if they have changed; milliseconds it took."""

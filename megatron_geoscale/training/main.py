@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import random
 import sys
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NonFiniteWeightsError) as error:
         _print_mistake(error)
         # The others may wait for this rank in a collective: leave at once, the launcher stops them.
+        for child in multiprocessing.active_children():  # data workers, and what megatron-core keeps from a save
+            child.kill()
         sys.stdout.flush()
         os._exit(USER_ERROR)
     return 0

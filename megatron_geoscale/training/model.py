@@ -43,6 +43,7 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         "add_bias_linear": not args.disable_bias_linear,
         "add_qkv_bias": args.add_qkv_bias,
         "qk_layernorm": args.qk_layernorm,
+        "attention_output_gate": args.attention_output_gate,
         "rotary_interleaved": args.rotary_interleaved,
         "attention_dropout": args.attention_dropout,
         "hidden_dropout": args.hidden_dropout,
@@ -96,7 +97,11 @@ def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:
         where: dict[str, Any] = {"ignore_virtual": stage is None, "vp_stage": stage}
         spec = use_torch_norm(
             get_gpt_decoder_block_spec(
-                config, use_transformer_engine=False, normalization=args.normalization, vp_stage=stage
+                config,
+                use_transformer_engine=False,
+                normalization=args.normalization,
+                qk_l2_norm=args.qk_l2_norm,
+                vp_stage=stage,
             )
         )
         if args.geoscale.recipe != "none":

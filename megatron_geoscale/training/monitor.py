@@ -196,12 +196,15 @@ class Monitor:
             result["attention_sqnr_db"] = self._collect_sqnr()
         qkv = SLOTS.index("qkv")
         bounds = scaling.table.bounds if isinstance(scaling, GeoScaleEngine) else None
+        calibrator = scaling.calibrator if isinstance(scaling, GeoScaleEngine) else None
+        alphas = None if calibrator is None else [calibrator.alpha_of(row) for row in range(len(saturated))]
         result["layers"] = [
             {
                 "layer": row + 1,
                 **{name: None if bounds is None else float(bounds[row, BOUNDS.index(name)]) for name in _LAYER_BOUNDS},
                 "scale_qkv": None if scaling.scales is None else float(scales[row, qkv]),
                 "saturated": int(saturated[row].sum()),
+                **({} if alphas is None else {"alpha": alphas[row]}),
             }
             for row in range(len(saturated))
         ]

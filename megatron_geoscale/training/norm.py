@@ -55,7 +55,7 @@ def use_torch_norm(block: TransformerBlockSubmodules) -> TransformerBlockSubmodu
     """Put TorchNorm for every norm of `block`, in place: input, pre-MLP, query, key and final norm.
 
     `block` is what megatron-core's `get_gpt_decoder_block_spec(config, use_transformer_engine=False)` returns. A norm
-    that the spec leaves out (IdentityOp) stays out.
+    that the spec leaves out (IdentityOp) stays out, and L2Norm, which has no parameters, stays what it is.
     """
     block.layer_norm = TorchNorm
     for layer in block.layer_specs:
@@ -65,11 +65,12 @@ def use_torch_norm(block: TransformerBlockSubmodules) -> TransformerBlockSubmodu
 
 def _replace_norms(submodules: Any) -> None:
     from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.torch_norm import L2Norm
 
     for field in dataclasses.fields(submodules):
         value = getattr(submodules, field.name)
         if field.name.endswith("layernorm"):
-            if value not in (None, IdentityOp):
+            if value not in (None, IdentityOp, L2Norm):
                 setattr(submodules, field.name, TorchNorm)
         elif dataclasses.is_dataclass(getattr(value, "submodules", None)):
             _replace_norms(value.submodules)
