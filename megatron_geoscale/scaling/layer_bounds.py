@@ -90,6 +90,7 @@ def bound_layer(
         "query_norm": vector_norm_bound(p.q, p.q_bias, gram=grams.q, input_norm=length_norm),
         "key_norm": vector_norm_bound(p.k, p.k_bias, gram=grams.k, input_norm=length_norm),
         "value_norm": vector_norm_bound(p.v, p.v_bias, gram=grams.v, input_norm=length_norm),
+        "offset_size": sigma.new_zeros(()) if p.offset_size is None else p.offset_size,
     }
     norms = layer.head_norms()
     return bounds if norms is None else bounds | _normalised_bounds(layer, norms, rotary)

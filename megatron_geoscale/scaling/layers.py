@@ -20,7 +20,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 
 from megatron_geoscale.bounds.qk_norm import HeadNorm
-from megatron_geoscale.spectral.projections import Projections, fold_norm, input_norm_bound, split_linear_qkv
+from megatron_geoscale.spectral.projections import (
+    Projections,
+    fold_norm,
+    input_norm_bound,
+    offset_size,
+    split_linear_qkv,
+)
 
 ROTARY_KINDS = {"rope": True, "learned_absolute": False, "none": False}
 
@@ -141,10 +147,12 @@ class AttentionLayer:
             first = self.first_head % self.heads_per_group
             mine = slice(first, first + self.num_local_heads)
             w_q, b_q = w_q[mine], None if b_q is None else b_q[mine]
-        folded = []
+        folded, sizes = [], []
         for weight, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v)):
             folded += fold_norm(weight, b, gain=gain, shift=shift)
-        return Projections(*folded)
+            if shift is not None or b is not None:
+                sizes.append(offset_size(weight, b, shift=shift))
+        return Projections(*folded, offset_size=torch.stack(sizes).amax() if sizes else None)
 
     def _rows_of_groups(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of this rank's query groups, output gates left out, from its shard of `linear_qkv`'s weight or bias.

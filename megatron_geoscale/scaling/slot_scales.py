@@ -43,7 +43,9 @@ def scales_from_bounds(
     allowance = rounding_allowance(layer.hidden_size, unit_roundoff=layer.unit_roundoff)
     keep = 1.0 - layer.dropout
 
+    offset_error = _offset_error(bound["offset_size"], layer)
     amax_qkv = torch.maximum(torch.maximum(bound["amax_q"], bound["amax_k"]), bound["amax_v"]) * allowance
+    amax_qkv = amax_qkv + offset_error
     if factor is not None:
         amax_qkv = amax_qkv * factor["qkv"]
     scale["qkv"] = scale_from_amax(amax_qkv, E4M3, margin=config.margin)
@@ -59,7 +61,8 @@ def scales_from_bounds(
     scale["s"] = scale_from_amax(torch.full_like(bound["sigma"], 1.0 / keep), E4M3)
     # A row of probabilities sums to 1, after dropout to 1/keep at most; its casts can add 1/16, or a subnormal each.
     row_sum = ((1.0 + E4M3_ROUNDING) + layer.max_sequence_length * E4M3_SUBNORMAL / E4M3.max) / keep
-    amax_o = (bound["amax_v"] * allowance * (1.0 + E4M3_ROUNDING) + subnormal) * row_sum * (1.0 + FP32_SLACK)
+    amax_v8 = (bound["amax_v"] * allowance + offset_error) * (1.0 + E4M3_ROUNDING) + subnormal
+    amax_o = amax_v8 * row_sum * (1.0 + FP32_SLACK)
     if factor is not None:
         amax_o = amax_o * factor["o"]
     scale["o"] = scale_from_amax(amax_o, E4M3, margin=config.margin)
@@ -74,9 +77,21 @@ def _product_error(bound: dict[str, torch.Tensor], subnormal: torch.Tensor, laye
     """
     q_norm, k_norm = bound["query_norm"], bound["key_norm"]
     grown = (1.0 + E4M3_ROUNDING) * _norm_allowance(layer)
-    subnormals = layer.head_dim**0.5 * subnormal
-    error = (grown**2 - 1.0) * q_norm * k_norm + grown * subnormals * (q_norm + k_norm) + subnormals**2
-    return error + FP32_SLACK * (grown * q_norm + subnormals) * (grown * k_norm + subnormals)
+    absolute = _absolute_error(_offset_error(bound["offset_size"], layer), subnormal, layer)
+    error = (grown**2 - 1.0) * q_norm * k_norm + grown * absolute * (q_norm + k_norm) + absolute**2
+    return error + FP32_SLACK * (grown * q_norm + absolute) * (grown * k_norm + absolute)
+
+
+def _absolute_error(offset_error: torch.Tensor, subnormal: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:
+    """What a computed and cast vector's 2-norm may be off by apart from its relative error: so much in each entry."""
+    return layer.head_dim**0.5 * ((1.0 + E4M3_ROUNDING) * offset_error + subnormal)
+
+
+def _offset_error(offset_size: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:
+    """What rounding may add to an entry of Q, K or V beyond the part relative to its bound, where the norm's shift and
+    the biases cancel; RoPE may turn two such errors into one."""
+    allowance = rounding_allowance(layer.hidden_size, unit_roundoff=layer.unit_roundoff)
+    return 2.0**0.5 * (allowance - 1.0) * offset_size
 
 
 def _norm_allowance(layer: AttentionLayer) -> float:
@@ -99,8 +114,8 @@ class TableScaler:
         """`gauges` are told of every cast."""
         self._table, self._row = table, layer.number - 1
         self._gauges = [gauges] if isinstance(gauges, SlotGauge) else list(gauges)
-        self._softmax_scale, self._keep, self._head_dim = layer.softmax_scale, 1.0 - layer.dropout, layer.head_dim
-        self._norm_allowance = _norm_allowance(layer)
+        self._softmax_scale, self._keep = layer.softmax_scale, 1.0 - layer.dropout
+        self._layer, self._norm_allowance = layer, _norm_allowance(layer)
         self._used: dict[str, torch.Tensor] = {}
 
     def scale(self, slot: str, *tensors: torch.Tensor) -> torch.Tensor:
@@ -119,8 +134,9 @@ class TableScaler:
     def _dp_bound(self) -> torch.Tensor:
         """Of dS * softmax_scale: half of max|dP| (|P(1-P)| <= 1/4 of a range of twice that), casts included."""
         value_norm = self._table.bounds[self._row, BOUNDS.index("value_norm")] * self._norm_allowance
+        offset_error = _offset_error(self._table.bounds[self._row, BOUNDS.index("offset_size")], self._layer)
         subnormal = E4M3_SUBNORMAL / self._table.scales[self._row, SLOTS.index("qkv")].double()
-        value_norm = value_norm * (1.0 + E4M3_ROUNDING) + self._head_dim**0.5 * subnormal
+        value_norm = value_norm * (1.0 + E4M3_ROUNDING) + _absolute_error(offset_error, subnormal, self._layer)
         amax_dp = self._do_norm.double() * (1.0 + E5M2_ROUNDING) * value_norm * (1.0 + FP32_SLACK)
         return self._softmax_scale * 0.5 * amax_dp / self._keep
 

@@ -29,6 +29,8 @@ class Projections:
     k_bias: Tensor | None
     v: Tensor
     v_bias: Tensor | None
+    offset_size: Tensor | None = None
+    """0-dim: the largest `offset_size` of the three, None without biases."""
 
 
 def split_linear_qkv(
@@ -76,6 +78,19 @@ def fold_norm(
         from_shift = weight @ shift.detach().to(torch.float64)
         offset = from_shift if offset is None else offset + from_shift
     return weight if gain is None else weight * gain.detach().to(torch.float64), offset
+
+
+def offset_size(w: Tensor, b: Tensor | None, *, shift: Tensor | None) -> Tensor:
+    """Largest |W| |shift| + |b| of a row, 0-dim float64: the magnitudes that an offset a = W shift + b is the sum of.
+
+    Arguments as in `fold_norm`. Where they cancel, rounding leaves an error of their size and not of a's.
+    """
+    size = w.new_zeros(w.shape[:-1], dtype=torch.float64)
+    if shift is not None:
+        size = w.detach().to(torch.float64).abs() @ shift.detach().to(torch.float64).abs()
+    if b is not None:
+        size = size + b.detach().to(torch.float64).abs()
+    return size.amax()
 
 
 def input_norm_bound(hidden_size: int) -> float:

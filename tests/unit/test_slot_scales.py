@@ -121,7 +121,7 @@ def by_slot(table):
         ("llama-partial-interleaved", "--geoscale-logits-dtype fp8", {"qkv": 0.95, "logits": 0.7}),
         ("rms-1p-bias", "--bf16", {"qkv": 0.95, "o": 0.8}),
         ("gpt2", "--geoscale-logits-dtype fp8", {"qkv": 0.95, "o": 0.8, "logits": 0.7}),
-        ("gpt2", "--bf16 --geoscale-logits-dtype fp8", {"qkv": 0.95, "o": 0.8, "logits": 0.7}),
+        ("gpt2", "--bf16 --geoscale-logits-dtype fp8", {"qkv": 0.95, "o": 0.8, "logits": 0.6}),
         ("llama", "--attention-dropout 0.5", {"qkv": 0.95, "o": 0.8, "s": 0.99}),
         ("gpt2", "--attention-dropout 0.1 --bf16", {"qkv": 0.95, "o": 0.8, "s": 0.99}),
     ],
