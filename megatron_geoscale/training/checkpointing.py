@@ -232,7 +232,8 @@ def load_checkpoint(run: Run) -> Path | None:
 def _check_shape(args: argparse.Namespace, saved: argparse.Namespace, directory: Path) -> None:
     learned = ("max_position_embeddings",) if args.position_embedding_type == "learned_absolute" else ()
     for name in (*_SHAPE_FLAGS, *learned):
-        ours, theirs = getattr(args, name), getattr(saved, name)
+        ours = getattr(args, name)
+        theirs = getattr(saved, name, ours)  # a flag that did not exist when it was saved changed nothing then
         if ours != theirs:
             flag = "--vocab-size, padded," if name == "padded_vocab_size" else "--" + name.replace("_", "-")
             raise ValueError(f"{directory} has another shape: {flag} was {theirs} when it was saved and is {ours} now")

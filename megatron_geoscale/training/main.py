@@ -22,6 +22,8 @@ from megatron_geoscale import cpu
 TRACEBACK_VARIABLE = "GEOSCALE_TRACEBACK"
 USER_ERROR = 2
 """Exit status after a mistake of the user's: a flag, a file, weights that are not finite."""
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What gloo's errors say when the process at the other end has gone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,18 +52,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         _pretrain(args)
     except (ValueError, OSError, NonFiniteWeightsError) as error:
         _print_mistake(error)
-        # The others may wait for this rank in a collective: leave at once, the launcher stops them.
-        for child in multiprocessing.active_children():  # data workers, and what megatron-core keeps from a save
-            child.kill()
-        sys.stdout.flush()
-        os._exit(USER_ERROR)
+        _leave(USER_ERROR)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _LOST_PEER):
+            raise
+        # The rank that went has said why: a traceback from here would bury it.
+        _print_mistake(error, f"rank {os.environ['RANK']} stops because another rank has gone")
+        _leave(1)
     return 0
 
 
-def _print_mistake(error: Exception) -> None:
+def _leave(status: int) -> None:
+    """End this process at once: other ranks may wait for it in a collective, and the launcher stops them."""
+    for child in multiprocessing.active_children():  # data workers, and what megatron-core keeps from a save
+        child.kill()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _print_mistake(error: Exception, sentence: str | None = None) -> None:
     if os.environ.get(TRACEBACK_VARIABLE) == "1":
         traceback.print_exception(error)
-    print(f"pretrain.py: error: {error}", file=sys.stderr, flush=True)
+    print(f"pretrain.py: {sentence or f'error: {error}'}", file=sys.stderr, flush=True)
 
 
 def _pretrain(args) -> None:  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 import multiprocessing
@@ -96,6 +97,7 @@ def preload() -> None:
         importlib.import_module(name)
     for name in ("checkpointing", "data", "loop", "main", "model"):
         importlib.import_module(f"megatron_geoscale.training.{name}")
+    gc.freeze()  # a rank's garbage collection would touch, and so copy, every page of what was imported
 
 
 def launch(
