@@ -72,12 +72,12 @@ def fold_norm(
     LayerNorm's xhat has mean zero, so A could lose its common mode (THEORY 1). It keeps it: a mean that is subtracted
     in floating point is not zero afterwards, and weights whose common mode is large would break the bound.
     """
-    weight = w.detach().to(torch.float64)
+    weight = w.detach().to(torch.float64, copy=True)  # the only d-wide copy: its pages cost more than its arithmetic
     offset = None if b is None else b.detach().to(torch.float64)
     if shift is not None:
         from_shift = weight @ shift.detach().to(torch.float64)
         offset = from_shift if offset is None else offset + from_shift
-    return weight if gain is None else weight * gain.detach().to(torch.float64), offset
+    return weight if gain is None else weight.mul_(gain.detach().to(torch.float64)), offset
 
 
 def offset_size(w: Tensor, b: Tensor | None, *, shift: Tensor | None) -> Tensor:
