@@ -225,8 +225,13 @@ def test_refresh_interval_counts_applied_steps():
     assert [ms > 0 for ms in column(records, "geoscale.refresh_ms")] == [True, False, False, True, False, False, True]
 
 
-def test_scales_follow_a_spike_at_once_and_in_proportion():
-    records = train(base("--train-iters 3 --lr 1e-9 --geoscale-fault-injection weight_spike:2:4"))
+@pytest.mark.parametrize(
+    ("ranks", "extra"),
+    [(1, ""), (1, "--bf16"), (2, "--bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather")],
+)
+def test_scales_follow_a_spike_at_once_and_in_proportion(ranks, extra):
+    """And at the next step still: the optimizer's own copies of bf16 weights were hit too."""
+    records = train(base("--train-iters 3 --lr 1e-9 --geoscale-fault-injection weight_spike:2:4", extra), ranks)
     before, spike, after = records
     for name, power in (("sigma", 16), ("logit_bound", 16), ("amax_q", 4), ("amax_v", 4), ("scale_qkv", 1 / 4)):
         for old, new in zip(layer_column(before, name), layer_column(spike, name), strict=True):

@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
+from megatron_geoscale.config import ESTIMATORS, GEOMETRIC_RECIPES, GRANULARITIES
 from tests.functional.common import (
     BATCH,
     LLAMA,
     MODEL,
     NO_DROPOUT,
+    VOCABULARY,
     base,
     close,
     column,
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("megatron")
 LAYER_KEYS = {"layer", "sigma", "sigma_bound", "logit_bound", "amax_q", "amax_k", "amax_v", "scale_qkv", "saturated"}
 RECIPES = [
     *((recipe, f"--geoscale-estimator {estimator} --geoscale-granularity {granularity}")
-      for recipe in ("certified", "paper") for estimator in ("gram", "power") for granularity in ("head", "layer")),
+      for recipe in GEOMETRIC_RECIPES for estimator in ESTIMATORS for granularity in GRANULARITIES),
     ("certified", "--geoscale-logits-dtype fp8"),
     ("paper", "--geoscale-logits-dtype fp8"),
     ("delayed", ""),
@@ -39,14 +41,19 @@ RECIPES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def reference(megatron):
+    """Three steps without FP8 attention."""
+    return train(base("--train-iters 3 --lr 1e-3 --geoscale-recipe none"))
+
+
 @pytest.mark.parametrize(("recipe", "extra"), RECIPES)
-def test_every_recipe_trains_under_every_estimator_and_granularity(recipe, extra):
+def test_every_recipe_trains_under_every_estimator_and_granularity(reference, recipe, extra):
     records = train(base("--train-iters 3 --lr 1e-3 --geoscale-recipe", recipe, extra))
-    reference = train(base("--train-iters 3 --lr 1e-3 --geoscale-recipe none"))
     assert close(column(records, "lm_loss"), column(reference, "lm_loss"), 0.01)
     if recipe != "delayed":
         assert column(records, "geoscale.saturated") == [0, 0, 0]
-    bounded = recipe in ("certified", "paper")
+    bounded = recipe in GEOMETRIC_RECIPES
     for record in records:
         assert [value is not None for value in layer_column(record, "sigma")] == [bounded] * 2
         assert [value is not None for value in layer_column(record, "scale_qkv")] == [recipe != "current"] * 2
@@ -154,6 +161,12 @@ def test_validation_under_pipeline_and_data_parallelism_is_that_of_one_rank(tmp_
     assert both == pytest.approx(alone, rel=1e-4)
 
 
+def test_each_validation_reads_samples_of_its_own():
+    (run,) = succeed(base("--train-iters 6 --lr 1e-30 --eval-iters 1 --eval-interval 2"))
+    losses = re.findall(r"validation loss at iteration \d \| lm loss value: (\S+)", run.out)
+    assert len(losses) == len(set(losses)) == 3  # the weights were the same
+
+
 @pytest.mark.parametrize(
     "recompute",
     ["--recompute-activations", "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"],
@@ -168,8 +181,8 @@ def test_recomputed_activations_change_neither_curve_nor_counts(recompute):
 
 
 def with_data(*data):
-    return flags_of(MODEL, LLAMA, BATCH, NO_DROPOUT, "--train-iters 3 --tokenizer-type NullTokenizer --vocab-size 60",
-                    list(data))
+    return flags_of(MODEL, LLAMA, BATCH, NO_DROPOUT, "--train-iters 3 --tokenizer-type NullTokenizer --vocab-size",
+                    VOCABULARY, list(data))
 
 
 def test_data_from_one_prefix_a_blend_split_by_file_and_none(tmp_path):
@@ -187,8 +200,8 @@ def test_data_from_one_prefix_a_blend_split_by_file_and_none(tmp_path):
 
 
 def test_flags_about_ends_of_documents_are_heard(tmp_path):
-    """Documents end in token 60, NullTokenizer's end of document."""
-    prefix = write_corpus(tmp_path / "ends", [[*range(n, n + 9), 60] for n in range(40)])
+    """Documents end in NullTokenizer's end of document, the last token."""
+    prefix = write_corpus(tmp_path / "ends", [[*range(n, n + 9), VOCABULARY] for n in range(40)])
     plain = with_data("--data-path", prefix)
     losses = {flag: column(train([*plain, *flags_of(flag)]), "lm_loss")[0]
               for flag in ("", "--eod-mask-loss", "--reset-attention-mask",

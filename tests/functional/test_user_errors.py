@@ -166,7 +166,7 @@ def checkpoint(megatron, tmp_path_factory):
         ("--num-attention-heads 8", "--num-attention-heads"),
         ("--num-query-groups 4", "--num-query-groups"),
         ("--ffn-hidden-size 128", "--ffn-hidden-size"),
-        ("--vocab-size 70", "--vocab-size"),
+        ("--vocab-size 90", "--vocab-size"),
         ("--add-qkv-bias", "--add-qkv-bias"),
         ("--normalization LayerNorm", "--normalization"),
         ("--position-embedding-type learned_absolute", "--position-embedding-type"),

@@ -116,14 +116,14 @@ def by_slot(table):
 @pytest.mark.parametrize(
     ("model", "flags", "in_use"),
     [
-        ("llama", "", {"qkv": 0.95, "o": 0.8}),
-        ("llama", "--bf16 --geoscale-logits-dtype fp8", {"qkv": 0.95, "o": 0.8, "logits": 0.7}),
-        ("llama-partial-interleaved", "--geoscale-logits-dtype fp8", {"qkv": 0.95, "logits": 0.7}),
-        ("rms-1p-bias", "--bf16", {"qkv": 0.95, "o": 0.8}),
-        ("gpt2", "--geoscale-logits-dtype fp8", {"qkv": 0.95, "o": 0.8, "logits": 0.7}),
-        ("gpt2", "--bf16 --geoscale-logits-dtype fp8", {"qkv": 0.95, "o": 0.8, "logits": 0.6}),
-        ("llama", "--attention-dropout 0.5", {"qkv": 0.95, "o": 0.8, "s": 0.99}),
-        ("gpt2", "--attention-dropout 0.1 --bf16", {"qkv": 0.95, "o": 0.8, "s": 0.99}),
+        ("llama", "", {"qkv": 0.9, "o": 0.8}),
+        ("llama", "--bf16 --geoscale-logits-dtype fp8", {"qkv": 0.9, "o": 0.8, "logits": 0.6}),
+        ("llama-partial-interleaved", "--geoscale-logits-dtype fp8", {"qkv": 0.9, "logits": 0.6}),
+        ("rms-1p-bias", "--bf16", {"qkv": 0.9, "o": 0.8}),
+        ("gpt2", "--geoscale-logits-dtype fp8", {"qkv": 0.9, "o": 0.8, "logits": 0.6}),
+        ("gpt2", "--bf16 --geoscale-logits-dtype fp8", {"qkv": 0.9, "o": 0.8, "logits": 0.6}),
+        ("llama", "--attention-dropout 0.5", {"qkv": 0.9, "o": 0.8, "s": 0.99}),
+        ("gpt2", "--attention-dropout 0.1 --bf16", {"qkv": 0.9, "o": 0.8, "s": 0.99}),
     ],
 )
 def test_no_input_to_a_real_layer_saturates_a_certified_scale(model, flags, in_use):
@@ -139,7 +139,7 @@ def test_margin_leaves_that_share_of_the_range_free():
     (run,) = succeed(model_flags("gpt2", "--geoscale-margin 0.5 --geoscale-logits-dtype fp8"), watch=attack)
     saturated, overrange, _ = run.value
     assert saturated == dict.fromkeys(SLOTS, 0)
-    for slot, least in (("qkv", 0.475), ("o", 0.4), ("logits", 0.35)):
+    for slot, least in (("qkv", 0.45), ("o", 0.4), ("logits", 0.3)):
         assert least <= overrange[slot] <= 0.5, slot
     assert 0.99 <= overrange["s"] <= 1.0  # a probability needs no margin
 
