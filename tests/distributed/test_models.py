@@ -239,7 +239,7 @@ def test_output_gates_are_left_out_of_the_bounds(tmp_path):
 
 
 def test_rope_scaling_is_a_rotation_and_changes_no_scale(tmp_path):
-    succeed(base("--train-iters 0 --save", tmp_path))
+    succeed(base("--train-iters 0 --init-method-std 0.5 --save", tmp_path))
     flags = base("--train-iters 2 --load", tmp_path)
     plain = train(flags)
     for extra in ("--use-rope-scaling --rope-scaling-factor 4", "--rotary-seq-len-interpolation-factor 4"):
