@@ -53,6 +53,9 @@ class GeoScaleConfig:
     """Least alpha that a calibration may set, in (0, 1]: a burn-in on unusual data tightens no bound beyond it."""
     refresh_interval: int = 1
     """Applied optimizer steps between two refreshes. Above 1 the scales belong to older weights."""
+    split_over_data_parallel: bool = False
+    """Each data-parallel rank bounds its share of its stage's layers only; the refresh's one all-reduce gathers them.
+    Then a weight that differs between replicas shows in the table only if the replica that reads it has it."""
     attention: str = "auto"
     """`emulated`: FP8 attention in plain torch. `te`: Transformer Engine's kernels. `auto`: what this machine has."""
     logits_dtype: str = "fp32"
@@ -124,6 +127,8 @@ def add_geoscale_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--geoscale-refresh-interval", type=int, default=default.refresh_interval, metavar="N",
                        help="applied optimizer steps between refreshes; above 1 even certified scales can be outrun "
                        "by the weights (default: 1)")
+    group.add_argument("--geoscale-split-over-data-parallel", action="store_true",
+                       help="each data-parallel rank bounds its share of the layers, and all get all bounds")
     group.add_argument("--geoscale-attention", default=default.attention, metavar="{auto,emulated,te}",
                        help="what computes FP8 attention (default: auto)")
     group.add_argument("--geoscale-logits-dtype", default=default.logits_dtype, metavar="{fp32,fp8}",
@@ -143,6 +148,7 @@ def geoscale_config_from_args(args: argparse.Namespace) -> GeoScaleConfig:
         calibration_factor=args.geoscale_calibration_factor,
         alpha_floor=args.geoscale_alpha_floor,
         refresh_interval=args.geoscale_refresh_interval,
+        split_over_data_parallel=args.geoscale_split_over_data_parallel,
         attention=args.geoscale_attention,
         logits_dtype=args.geoscale_logits_dtype,
     )

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from megatron_geoscale.bounds import alpha
 from megatron_geoscale.bounds.tensors import isotropic_input_norm
-from megatron_geoscale.spectral.gram import GRAM_ROUNDING, certified_norm, check_shapes, per_query_head, trace
-from megatron_geoscale.spectral.projections import Projections
+from megatron_geoscale.spectral.gram import GRAM_ROUNDING, certified_norm_of_grams, per_query_head, trace
+from megatron_geoscale.spectral.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -58,52 +58,44 @@ def isotropic_constants(
 
 
 def rank_aware_logit_bound(
-    projections: Projections,
-    grams: tuple[Tensor, Tensor],
+    moments: Moments,
     *,
     certified: tuple[Tensor, Tensor],
     constants: IsotropicConstants,
     softmax_scale: float,
     input_norm: float,
+    hidden_size: int,
 ) -> Tensor:
     """Bound of |S_ij|, i = j included, of each query head: [n_q] float64, never above the certified one.
 
     The maximum of alpha m^2 sigma_bound, whose sigma holds at any rotation, and the diagonal bound of 4.5, where two
     equal positions are not rotated against each other, times c; plus the bias terms of the certified bound, which
-    isotropy does not touch. certified: (sigma_bound, logit_bound) of `certified_logit_bound` for the same `grams`,
-    constants and biases.
+    isotropy does not touch. certified: (sigma_bound, logit_bound) of `certified_logit_bound` for the same `moments`
+    and constants. ValueError as `diagonal_bound`.
     """
     sigma_bound, logit_bound = certified
     worst = input_norm**2 * sigma_bound
-    diagonal = diagonal_bound(projections, grams, diagonal_log=constants.diagonal_log, input_norm=input_norm)
+    diagonal = diagonal_bound(
+        moments, diagonal_log=constants.diagonal_log, input_norm=input_norm, hidden_size=hidden_size
+    )
     core = torch.maximum(constants.alpha * worst, diagonal)
     return logit_bound - softmax_scale * (worst - torch.minimum(core, worst))
 
 
-def diagonal_bound(
-    projections: Projections, grams: tuple[Tensor, Tensor], *, diagonal_log: float, input_norm: float
-) -> Tensor:
+def diagonal_bound(moments: Moments, *, diagonal_log: float, input_norm: float, hidden_size: int) -> Tensor:
     """(m^2 / d) (|tr M| + 2 ||M_s||_F sqrt(t) + 2 sigma t), t = `diagonal_log`, m = `input_norm`: [n_q] (THEORY 4.5).
 
     Bounds |xhat^T M xhat|, M = A^T B unrotated, or m^2 sigma if that is less. tr M = tr C and ||M_s||_F^2 =
-    (||M||_F^2 + tr C^2) / 2 with C = B A^T; what rounding can hide of a head that cancels is added.
+    (||M||_F^2 + tr C^2) / 2 with C = B A^T; what rounding can hide of a head that cancels is added. ValueError for
+    moments without `cross`.
     """
-    check_shapes(projections.q, projections.k)
-    g_q, g_k = grams[0], per_query_head(grams[1], grams[0])
-    cross = cross_gram(projections.q, projections.k)
+    if moments.cross is None:
+        raise ValueError("The diagonal bound needs Moments.cross: make the moments with with_cross=True.")
+    g_q, g_k, cross = moments.q, per_query_head(moments.k, moments.q), moments.cross
     product = trace(g_q) * trace(g_k)
     tr_m = trace(cross).abs() + GRAM_ROUNDING * product.sqrt()
     squared = 0.5 * ((g_q * g_k).sum((-2, -1)) + (cross * cross.mT).sum((-2, -1)))
     symmetric = (squared.clamp_min(0.0) + GRAM_ROUNDING * product).sqrt()
-    sigma = certified_norm(projections.q, projections.k, grams=grams)
+    sigma = certified_norm_of_grams(moments.q, moments.k)
     bound = tr_m + 2.0 * symmetric * math.sqrt(diagonal_log) + 2.0 * diagonal_log * sigma
-    return input_norm**2 * torch.minimum(bound / projections.q.shape[-1], sigma)
-
-
-def cross_gram(w_q: Tensor, w_k: Tensor) -> Tensor:
-    """C = B A^T of each query head with its key group: [n_q, d_h, d_h] float64, head by head as `spectral.gram`."""
-    per_group = w_q.shape[0] // w_k.shape[0]
-    crosses = w_q.new_empty((w_q.shape[0], w_q.shape[1], w_q.shape[1]), dtype=torch.float64)
-    for head, (query, out) in enumerate(zip(w_q.detach(), crosses, strict=True)):
-        torch.mm(w_k[head // per_group].detach().to(torch.float64), query.to(torch.float64).mT, out=out)
-    return crosses
+    return input_norm**2 * torch.minimum(bound / hidden_size, sigma)

@@ -13,75 +13,58 @@ from megatron_geoscale.bounds.rotary import (
     partial_bound,
     rotary_pairs,
 )
-from megatron_geoscale.spectral.gram import GRAM_ROUNDING, certified_norm, check_shapes, gram, per_query_head, trace
-from megatron_geoscale.spectral.projections import Projections
-
-Grams = tuple[Tensor, Tensor]
+from megatron_geoscale.spectral.gram import GRAM_ROUNDING, certified_norm_of_grams, per_query_head, trace
+from megatron_geoscale.spectral.moments import Moments
 
 
 def certified_logit_bound(
-    projections: Projections,
-    *,
-    softmax_scale: float,
-    rotary_dim: int,
-    interleaved: bool = False,
-    input_norm: float,
-    grams: Grams | None = None,
+    moments: Moments, *, softmax_scale: float, rotary_dim: int, interleaved: bool = False, input_norm: float
 ) -> tuple[Tensor, Tensor]:
     """(sigma_bound, logit_bound), [n_q] float64 each: |S_ij| <= logit_bound for all inputs and positions (THEORY 3).
 
     logit_bound = c (m^2 sigma_bound + m (||A^T R b|| + ||B^T R^T a||) + |a^T R b|), m = `input_norm` (see
     `spectral.input_norm_bound`), c = `softmax_scale`, every term at its worst rotation. Without RoPE (rotary_dim 0) all
-    terms are exact. `grams`: (gram(q), gram(k)) if the caller has them. ValueError if shapes or rotary_dim do not fit.
+    terms are exact. ValueError for a rotary_dim that does not fit.
     """
-    check_shapes(projections.q, projections.k)
-    g_q, g_k = grams if grams is not None else (gram(projections.q), gram(projections.k))
+    g_q, g_k = moments.q, moments.k
     balanced = balance(g_q, g_k, rotary_dim=rotary_dim, interleaved=interleaved) if rotary_dim else None
     if balanced is None:
-        sigma_bound = certified_norm(projections.q, projections.k, grams=(g_q, g_k))
+        sigma_bound = certified_norm_of_grams(g_q, g_k)
     else:
         sigma_bound = partial_bound(balanced, g_q, g_k, rotary_dim)
-    extra = _bias_terms(projections, (g_q, g_k), balanced, rotary_dim, interleaved, input_norm)
+    extra = _bias_terms(moments, balanced, rotary_dim, interleaved, input_norm)
     return sigma_bound, softmax_scale * (input_norm**2 * sigma_bound + extra)
 
 
 def isotropic_logit_bound(
     sigma: Tensor,
-    projections: Projections,
+    moments: Moments,
     *,
     alpha: float,
     softmax_scale: float,
     rotary_dim: int,
     interleaved: bool = False,
     input_norm: float,
-    grams: Grams | None = None,
 ) -> Tensor:
     """alpha c m^2 sigma plus the bias terms of `certified_logit_bound`, which alpha does not touch (THEORY 4): [n_q].
 
     sigma: [n_q] or anything that broadcasts to it, by any estimator. Holds with the probability for which alpha was
-    made (`bounds.alpha`) if tokens are isotropic and sigma is not too small. Without biases no Gram matrix is needed.
+    made (`bounds.alpha`) if tokens are isotropic and sigma is not too small.
     """
-    check_shapes(projections.q, projections.k)
-    bound = (softmax_scale * alpha * input_norm**2) * sigma.to(torch.float64).expand(projections.q.shape[0])
-    if projections.q_bias is None and projections.k_bias is None:
+    bound = (softmax_scale * alpha * input_norm**2) * sigma.to(torch.float64).expand(len(moments.q))
+    if moments.q_bias is None and moments.k_bias is None:
         return bound
-    g_q, g_k = grams if grams is not None else (gram(projections.q), gram(projections.k))
-    balanced = balance(g_q, g_k, rotary_dim=rotary_dim, interleaved=interleaved) if rotary_dim else None
-    return bound + softmax_scale * _bias_terms(projections, (g_q, g_k), balanced, rotary_dim, interleaved, input_norm)
+    balanced = balance(moments.q, moments.k, rotary_dim=rotary_dim, interleaved=interleaved) if rotary_dim else None
+    return bound + softmax_scale * _bias_terms(moments, balanced, rotary_dim, interleaved, input_norm)
 
 
 def _bias_terms(
-    projections: Projections,
-    grams: Grams,
-    balanced: Balance | None,
-    rotary_dim: int,
-    interleaved: bool,
-    input_norm: float,
+    moments: Moments, balanced: Balance | None, rotary_dim: int, interleaved: bool, input_norm: float
 ) -> Tensor:
     """m (||A^T R b|| + ||B^T R^T a||) + |a^T R b| at the worst rotation R: [n_q]."""
-    g_q, g_k = grams[0], per_query_head(grams[1], grams[0])
-    a = projections.q_bias
-    b = None if projections.k_bias is None else per_query_head(projections.k_bias, g_q)
+    g_q, g_k = moments.q, per_query_head(moments.k, moments.q)
+    a = moments.q_bias
+    b = None if moments.k_bias is None else per_query_head(moments.k_bias, g_q)
     pairs = rotary_pairs(g_q.shape[-1], rotary_dim, interleaved=interleaved, device=g_q.device)
     terms = g_q.new_zeros(g_q.shape[0])
     if b is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_geoscale.spectral.gram import (
     GRAM_ROUNDING,
-    certified_norm,
+    certified_norm_of_grams,
     check_shapes,
     gram,
     largest_eigenvalue,
@@ -83,7 +83,7 @@ def rotary_norm_bound(
     check_shapes(w_q, w_k)
     g_q, g_k = grams if grams is not None else (gram(w_q), gram(w_k))
     if rotary_dim == 0:
-        return certified_norm(w_q, w_k, grams=(g_q, g_k))
+        return certified_norm_of_grams(g_q, g_k)
     return partial_bound(balance(g_q, g_k, rotary_dim=rotary_dim, interleaved=interleaved), g_q, g_k, rotary_dim)
 
 
@@ -96,8 +96,7 @@ def partial_bound(balanced: Balance, g_q: Tensor, g_k: Tensor, rotary_dim: int) 
         return balanced.bound
     r, u = slice(0, rotary_dim), slice(rotary_dim, None)
     rotated = _certify(g_q[:, r, r], g_k[:, r, r], balanced.scale[:, r]).bound
-    unrotated_grams = g_q[:, u, u], g_k[:, u, u]
-    return torch.minimum(balanced.bound, rotated + certified_norm(*unrotated_grams, grams=unrotated_grams))
+    return torch.minimum(balanced.bound, rotated + certified_norm_of_grams(g_q[:, u, u], g_k[:, u, u]))
 
 
 def balance(g_q: Tensor, g_k: Tensor, *, rotary_dim: int, interleaved: bool) -> Balance:

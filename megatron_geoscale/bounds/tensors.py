@@ -9,44 +9,36 @@ from torch import Tensor
 
 from megatron_geoscale.bounds.rotary import certified_gram_norm, pair_norms, pair_vector_norms, rotary_pairs
 from megatron_geoscale.spectral.gram import GRAM_ROUNDING
-from megatron_geoscale.spectral.gram import gram as gram_of
 
 FLOAT32_ROUNDOFF = 2.0**-24
 _ROUNDINGS = 8
 
 
 def entry_bound(
-    w: Tensor,
-    b: Tensor | None,
-    *,
-    rotary_dim: int,
-    interleaved: bool = False,
-    input_norm: float,
-    gram: Tensor | None = None,
+    gram: Tensor, b: Tensor | None, *, rotary_dim: int, interleaved: bool = False, input_norm: float
 ) -> Tensor:
     """Largest magnitude of an entry of R (W xhat + b) per head, at any position: [n] float64 (THEORY 5.1).
 
-    w: [n, d_h, d], b: [n, d_h] or None, folded (see `spectral.fold_norm`). Queries and keys after RoPE: an entry of a
-    rotated pair is at most the length of the pair, m ||W_p||_2 + ||b_p||, m = `input_norm`. An unrotated row, and all
-    of V's (rotary_dim 0): m ||row|| + |b|. For isotropic tokens pass `isotropic_input_norm` as `input_norm`. `gram`:
-    gram(w) if the caller has it. ValueError for a rotary_dim that does not fit.
+    gram: W W^T [n, d_h, d_h], b: [n, d_h] or None, W and b folded (`spectral.fold_norm`). Queries and keys after RoPE:
+    an entry of a rotated pair is at most the length of the pair, m ||W_p||_2 + ||b_p||, m = `input_norm`. An unrotated
+    row, and all of V's (rotary_dim 0): m ||row|| + |b|. For isotropic tokens pass `isotropic_input_norm` as
+    `input_norm`. ValueError for a rotary_dim that does not fit.
     """
-    g = gram_of(w) if gram is None else gram
-    pairs = rotary_pairs(g.shape[-1], rotary_dim, interleaved=interleaved, device=g.device)
-    rotated = input_norm * pair_norms(g, pairs)
-    fixed = input_norm * (g.diagonal(dim1=-2, dim2=-1)[:, rotary_dim:] * (1.0 + GRAM_ROUNDING)).sqrt()
+    pairs = rotary_pairs(gram.shape[-1], rotary_dim, interleaved=interleaved, device=gram.device)
+    rotated = input_norm * pair_norms(gram, pairs)
+    fixed = input_norm * (gram.diagonal(dim1=-2, dim2=-1)[:, rotary_dim:] * (1.0 + GRAM_ROUNDING)).sqrt()
     if b is not None:
         rotated = rotated + pair_vector_norms(b, pairs)
         fixed = fixed + b[:, rotary_dim:].abs()
     return torch.cat([rotated, fixed], dim=-1).amax(-1)
 
 
-def vector_norm_bound(w: Tensor, b: Tensor | None, *, input_norm: float, gram: Tensor | None = None) -> Tensor:
+def vector_norm_bound(gram: Tensor, b: Tensor | None, *, input_norm: float) -> Tensor:
     """Largest Euclidean norm of W xhat + b per head: m ||W||_2 + ||b||, [n] float64 (THEORY 5.1, the dP slot).
 
     Arguments as in `entry_bound`; rotation does not change it.
     """
-    bound = input_norm * certified_gram_norm(gram_of(w) if gram is None else gram)
+    bound = input_norm * certified_gram_norm(gram)
     return bound if b is None else bound + torch.linalg.vector_norm(b, dim=-1)
 
 

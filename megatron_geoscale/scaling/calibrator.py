@@ -34,6 +34,8 @@ class Calibrator:
         self.statistics = ShareStatistics((num_layers, len(SLOTS)), device)
         self.factors = torch.zeros(num_layers, len(SLOTS), dtype=torch.float64, device=device)
         """alpha of every slot, 1 where it is not calibrated; 0 as long as the burn-in lasts."""
+        self._told: torch.Tensor | None = None
+        """`factors` when `news` was last asked for, None before the end of the burn-in was told."""
         self._calibrated = torch.tensor([slot in config.calibrated_slots for slot in SLOTS], device=device)
         self._fp8_max = torch.tensor([SLOT_FORMATS[slot].max for slot in SLOTS], dtype=torch.float64, device=device)
 
@@ -53,8 +55,8 @@ class Calibrator:
             return None
         return {slot: float(self.factors[row, SLOTS.index(slot)]) for slot in self.config.calibrated_slots}
 
-    def end_step(self, uncalibrated: Callable[[], torch.Tensor]) -> list[str]:
-        """Take up the step that has run, and forget it; sentences to print if alpha has changed.
+    def end_step(self, uncalibrated: Callable[[], torch.Tensor]) -> None:
+        """Take up the step that has run, and forget it; the host does not wait for the device.
 
         uncalibrated: makes the scales of this step's bounds with alpha = 1, of which rho is measured. One all-reduce
         over the whole job; after the burn-in it carries only whether values saturated.
@@ -66,18 +68,36 @@ class Calibrator:
         self.gauge.reset()
         if dist.is_initialized():
             dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        if burning_in:
-            self.statistics.add(seen * uncalibrated().double() / (self.config.margin * self._fp8_max))
-            return [] if self.burning_in else [self._set_alpha()]
-        return self._raise_where(seen > 0)
+        if not burning_in:
+            self.factors = raised_alpha(self.factors, seen > 0)
+            return
+        self.statistics.add(seen * uncalibrated().double() / (self.config.margin * self._fp8_max))
+        if not self.burning_in:
+            self._set_alpha()
 
-    def _set_alpha(self) -> str:
-        config, maxima = self.config, self.statistics.maxima
-        found = calibrated_alpha(maxima, factor=config.calibration_factor, floor=config.alpha_floor)
+    def _set_alpha(self) -> None:
+        config = self.config
+        found = calibrated_alpha(self.statistics.maxima, factor=config.calibration_factor, floor=config.alpha_floor)
         self.factors = found.where(self._calibrated, torch.ones_like(found))
-        median = self.statistics.quantile(0.5)
+        self._told = None
+
+    def news(self) -> list[str]:
+        """Sentences to print: the end of the burn-in, and alphas raised since the last call. Waits for the device."""
+        if self.burning_in:
+            return []
+        before, self._told = self._told, self.factors
+        if before is None:
+            return [self._summary()]
+        return [
+            f"WARNING: values of {SLOTS[column]} saturated in layer {row + 1}: alpha is raised from "
+            f"{float(before[row, column]):.4g} to {float(self.factors[row, column]):.4g}"
+            for row, column in (self.factors != before).nonzero().tolist()
+        ]
+
+    def _summary(self) -> str:
+        maxima, median = self.statistics.maxima, self.statistics.quantile(0.5)
         parts = []
-        for slot in config.calibrated_slots:
+        for slot in self.config.calibrated_slots:
             column = SLOTS.index(slot)
             low, high = self.factors[:, column].aminmax()
             parts.append(
@@ -85,16 +105,6 @@ class Calibrator:
                 f"{float(maxima[:, column].max()):.4g}, median over steps at most {float(median[:, column].max()):.4g})"
             )
         return f"calibration ended after {self.statistics.steps} steps, alpha by layer: " + ", ".join(parts)
-
-    def _raise_where(self, saturated: torch.Tensor) -> list[str]:
-        """One synchronisation with the host."""
-        before = self.factors
-        self.factors = raised_alpha(before, saturated)
-        return [
-            f"WARNING: values of {SLOTS[column]} saturated in layer {row + 1}: alpha is raised from "
-            f"{float(before[row, column]):.4g} to {float(self.factors[row, column]):.4g}"
-            for row, column in (self.factors != before).nonzero().tolist()
-        ]
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """The state for dist_checkpointing: replicated tensors of global shape, so any layout can take them up."""
@@ -127,4 +137,6 @@ class Calibrator:
         self.statistics.counts = state[self._key("counts")]
         self.statistics.steps = int(state[self._key("steps")])
         if not self.burning_in and not self.factors.any():
-            self._set_alpha()
+            self._set_alpha()  # a shorter burn-in than the checkpoint's has just ended
+        elif not self.burning_in:
+            self._told = self.factors

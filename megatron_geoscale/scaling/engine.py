@@ -6,8 +6,9 @@
 `engine.refresh()` makes the table agree with the weights. Call it on every rank before the forward pass that follows
 a change of the weights (an applied optimizer step, a load). It holds one MAX all-reduce over the whole job, of
 [layers, bounds] numbers: over tensor-parallel ranks it joins the heads of a layer, over pipeline stages it completes
-the table, over data-parallel replicas it changes nothing, and it carries the news of a non-finite weight to everyone.
-With fewer key/value groups than tensor-parallel ranks each layer adds an all-gather of its linear_qkv over those.
+the table, over data-parallel replicas it gathers their shares of the layers (or changes nothing, where each computes
+all), and it carries the news of a non-finite weight to everyone. With fewer key/value groups than tensor-parallel ranks
+each layer adds an all-gather of its linear_qkv over those.
 """
 
 from __future__ import annotations
@@ -18,16 +19,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
+from megatron_geoscale.bounds.qk_norm import HeadNorm
 from megatron_geoscale.config import GeoScaleConfig
 from megatron_geoscale.scaling import guard
 from megatron_geoscale.scaling.calibrator import Calibrator
 from megatron_geoscale.scaling.estimator import SigmaEstimator
 from megatron_geoscale.scaling.gauge import SlotGauge
-from megatron_geoscale.scaling.layer_bounds import Grams, bound_layer
+from megatron_geoscale.scaling.geometry import AttentionGeometry
+from megatron_geoscale.scaling.layer_bounds import bound_heads
 from megatron_geoscale.scaling.layers import AttentionLayer, find_attention_layers, refuse_unbounded
 from megatron_geoscale.scaling.slot_scales import TableScaler, scales_from_bounds
 from megatron_geoscale.scaling.table import BOUNDS, ScaleTable, digest
+from megatron_geoscale.spectral.moments import Moments
+
+BATCH_BYTES = 256 << 20
+"""Of Gram matrices that are bounded together; bounding them takes about ten times as much at its peak."""
 
 
 class GeoScaleEngine:
@@ -39,11 +47,17 @@ class GeoScaleEngine:
         num_layers = self.layers[0].config.num_layers
         self.table = ScaleTable(num_layers, device)
         self.gauge = SlotGauge(num_layers, device)
-        self.estimator = SigmaEstimator(self.layers, config)
+        self._mine, share = self.layers, 0
+        if config.split_over_data_parallel:
+            share = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+            self._mine = self.layers[share :: parallel_state.get_data_parallel_world_size(with_context_parallel=True)]
+        self.estimator = SigmaEstimator(self._mine, config, share=share)
         self.calibrator = Calibrator(num_layers, config, device) if config.calibrated_slots else None
         """Sets alpha from what a burn-in saw (THEORY 6), under recipes that do so."""
         self.refresh_ms = 0.0
-        """Wall time of the last refresh, milliseconds."""
+        """Wall time of the last refresh, milliseconds; on a GPU without the check, that of launching it."""
+        self._batches = _batches(self._mine)
+        self._codes = torch.zeros(num_layers, dtype=torch.float64, device=device)
 
     @classmethod
     def attach(cls, model_chunks: Sequence[torch.nn.Module], config: GeoScaleConfig) -> GeoScaleEngine:
@@ -60,7 +74,7 @@ class GeoScaleEngine:
         engine = cls(layers, config, device=layers[0].device)
         gauges = [engine.gauge] if engine.calibrator is None else [engine.gauge, engine.calibrator.gauge]
         for layer in engine.layers:
-            layer.core_attention.scaler = TableScaler(engine.table, gauges, layer)
+            layer.core_attention.scaler = TableScaler(engine.table, gauges, layer.number - 1, layer.geometry)
         return engine
 
     @property
@@ -73,42 +87,59 @@ class GeoScaleEngine:
         return digest(self.table.scales)
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def refresh(self, *, check: bool = True) -> None:
         """Make the table agree with the weights. Collective over the whole job.
 
-        Raises NonFiniteWeightsError, the same on every rank, before anything is swapped.
+        Raises NonFiniteWeightsError, the same on every rank, before anything is swapped. `check=False` leaves that to
+        `check_finite`, so that the host need not wait for the device (under the power estimator it waits once a batch
+        of layers, to see whether to converge); until then a table that could not be made is the one before.
         """
         start = time.perf_counter()
-        rows = torch.zeros(len(self.table.bounds), len(BOUNDS) + 1, dtype=torch.float64)
-        layer_sigma = self.estimator.begin()
-        for layer in self.layers:
-            projections = layer.projections()
-            code = guard.find_nonfinite(
-                projections,
-                layer.head_norms(),
-                first_head=layer.first_head,
-                heads_per_group=layer.heads_per_group,
-            )
-            if code:
-                rows[layer.number - 1, -1] = code
-                continue
-            grams = Grams.of(projections)
-            sigma = layer_sigma.get(layer.number)
-            if sigma is None:
-                sigma = self.estimator.head_sigma(layer, projections, (grams.q, grams.k))
-            bounds = bound_layer(layer, projections, grams, sigma, self.config, num_layers=len(rows))
-            rows[layer.number - 1, :-1] = torch.stack([bounds[name].max() for name in BOUNDS])
-        rows = rows.to(self.table.bounds.device)
+        device = self.table.bounds.device
+        rows = torch.zeros(len(self.table.bounds), len(BOUNDS) + 1, dtype=torch.float64, device=device)
+        self.estimator.begin()
+        for batch in self._batches:
+            rows.index_copy_(0, batch.rows, self._bound(batch))
         if dist.is_initialized():
             dist.all_reduce(rows, op=dist.ReduceOp.MAX)
-        guard.raise_if_nonfinite(rows[:, -1])
-        bounds = rows[:, :-1]
-        self._swap(bounds)
+        self._codes = rows[:, -1]
+        self._swap(rows[:, :-1], unless=(self._codes > 0).any())
+        if check:
+            self.check_finite()
         self.refresh_ms = (time.perf_counter() - start) * 1e3
 
-    def _swap(self, bounds: torch.Tensor) -> None:
+    def check_finite(self) -> None:
+        """Raise NonFiniteWeightsError if the last refresh met a weight that is not finite. Waits for the device."""
+        guard.raise_if_nonfinite(self._codes)
+
+    def _bound(self, batch: _Batch) -> torch.Tensor:
+        """Bounds and code of each layer of the batch, [layers, len(BOUNDS) + 1]."""
+        read, norms, num_layers = [], [], len(batch.layers)
+        for layer in batch.layers:
+            projections = layer.projections()
+            self.estimator.look(layer, projections)
+            read.append(Moments.of(projections, with_cross=self.config.recipe == "rank_aware"))
+            norms.append(layer.head_norms())
+        moments, head_norms = Moments.cat(read), _stack_norms(norms)
+        codes = guard.find_nonfinite(
+            moments,
+            head_norms,
+            num_layers=num_layers,
+            first_head=batch.layers[0].first_head,
+            heads_per_group=batch.geometry.heads_per_group,
+        )
+        sigma = self.estimator.sigma(batch.layers, moments)
+        bounds = bound_heads(
+            batch.geometry, moments, sigma, head_norms, self.config, num_layers=len(self.table.bounds)
+        )
+        rows = torch.stack([bounds[name].view(num_layers, -1).amax(dim=1) for name in BOUNDS], dim=1)
+        # A NaN is not the largest to an all-reduce: a layer that has one brings its code alone.
+        return torch.cat([rows.where(codes[:, None] == 0, torch.zeros_like(rows)), codes[:, None]], dim=1)
+
+    def _swap(self, bounds: torch.Tensor, *, unless: torch.Tensor) -> None:
         alpha = None if self.calibrator is None else self.calibrator.alpha
-        self.table.swap(scales_from_bounds(bounds, self.layers[0], self.config, alpha), bounds)
+        scales = scales_from_bounds(bounds, self.layers[0].geometry, self.config, alpha)
+        self.table.swap(self.table.scales.where(unless, scales), self.table.bounds.where(unless, bounds))
 
     def begin_step(self) -> None:
         """Forget what validation has cast: calibration is a matter of training steps."""
@@ -116,21 +147,23 @@ class GeoScaleEngine:
             self.calibrator.gauge.reset()
 
     @torch.no_grad()
-    def end_step(self) -> list[str]:
+    def end_step(self) -> None:
         """Calibrate from the training step that has run; a changed alpha is in the table at once, for the next step.
 
         Nothing, under recipes that do not calibrate; else collective over the whole job, once a step on every rank,
-        whether or not its optimizer step was applied. Returns sentences to print, the same on every rank.
+        whether or not its optimizer step was applied. The host does not wait for the device.
         """
         if self.calibrator is None:
-            return []
-        bounds = self.table.bounds
-        told = self.calibrator.end_step(
-            lambda: scales_from_bounds(bounds, self.layers[0], self.config, torch.ones_like(self.calibrator.factors))
-        )
-        if told:
-            self._swap(bounds.clone())
-        return told
+            return
+        bounds = self.table.bounds.clone()
+        ones, geometry = torch.ones_like(self.calibrator.factors), self.layers[0].geometry
+        self.calibrator.end_step(lambda: scales_from_bounds(bounds, geometry, self.config, ones))
+        if not self.calibrator.burning_in:
+            self._swap(bounds, unless=torch.zeros_like(self._codes[0], dtype=torch.bool))
+
+    def news(self) -> list[str]:
+        """Sentences to print: how alpha has changed since the last call, alike on every rank. Waits for the device."""
+        return [] if self.calibrator is None else self.calibrator.news()
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """State for the distributed checkpoint: estimator's and calibrator's. Scales are never saved, they follow."""
@@ -142,3 +175,36 @@ class GeoScaleEngine:
         self.estimator.load_state_dict(state)
         if self.calibrator is not None:
             self.calibrator.load_state_dict(state)
+
+
+class _Batch:
+    """Layers of equal geometry, which are bounded together."""
+
+    def __init__(self, layers: Sequence[AttentionLayer]) -> None:
+        self.layers, self.geometry = list(layers), layers[0].geometry
+        self.rows = torch.tensor([layer.number - 1 for layer in layers], device=layers[0].device)
+        """Of the table."""
+
+
+def _batches(layers: Sequence[AttentionLayer]) -> list[_Batch]:
+    """`layers` by geometry, at most `BATCH_BYTES` of Gram matrices in each batch."""
+    by_geometry: dict[AttentionGeometry, list[AttentionLayer]] = {}
+    for layer in layers:
+        by_geometry.setdefault(layer.geometry, []).append(layer)
+    batches = []
+    for geometry, alike in by_geometry.items():
+        matrices = 4 * alike[0].num_local_heads  # of Q, K, V and, for an isotropic bound, of Q with K; fewer under GQA
+        most = max(1, BATCH_BYTES // (8 * geometry.head_dim**2 * matrices))
+        batches += [_Batch(alike[first : first + most]) for first in range(0, len(alike), most)]
+    return batches
+
+
+def _stack_norms(norms: Sequence[tuple[HeadNorm, HeadNorm] | None]) -> tuple[HeadNorm, HeadNorm] | None:
+    """The layers' norms of queries and of keys, gains and shifts [layers, head_dim]; None where there are none."""
+    if norms[0] is None:
+        return None
+    stacked = []
+    for side in zip(*(pair for pair in norms if pair is not None), strict=True):
+        shifts = [norm.shift for norm in side if norm.shift is not None]
+        stacked.append(HeadNorm(torch.stack([norm.gain for norm in side]), torch.stack(shifts) if shifts else None))
+    return stacked[0], stacked[1]

@@ -1,9 +1,10 @@
 """sigma, the norm of a layer's query-key interaction, by the estimator and granularity of the config (THEORY 2).
 
-`gram` needs no state. `power` keeps one vector a head (or one a layer), takes one warm step a refresh, and converges
-to a tolerance where a warm step cannot be trusted: at first, after a load that brought no vectors, and when the
-estimate moved by more than `JUMP` since the last refresh. The layer form is a sum over tensor-parallel ranks with no
-Gram matrix of bounded size, so under `gram` it is iterated to convergence at every refresh instead.
+`gram` needs no state. `power` keeps one vector a head (or one a layer) and takes one warm step a refresh. It converges
+to a tolerance where a warm step cannot be trusted: at first, after a load that brought no vectors, when an estimate
+moved by more than `JUMP` since the last refresh, and when the certificate of THEORY 2.3 proves it too small, which is
+how a jump orthogonal to the vector shows. The layer form is a sum over tensor-parallel ranks with no Gram matrix of
+bounded size: it has no certificate, and under `gram` it is iterated to convergence at every refresh instead.
 """
 
 from __future__ import annotations
@@ -17,63 +18,98 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_geoscale.config import GeoScaleConfig
 from megatron_geoscale.scaling.layers import AttentionLayer
-from megatron_geoscale.spectral.gram import gram_norm
+from megatron_geoscale.spectral.gram import norm_of_grams, trace_power_interval
+from megatron_geoscale.spectral.moments import Moments
 from megatron_geoscale.spectral.power_iteration import converge, power_iteration, start_vectors
 from megatron_geoscale.spectral.projections import Projections
 
 JUMP = 0.1
 """Relative change of an estimate between two refreshes above which a warm step is not trusted. A warm step tracks
 an optimizer's small updates; a learning-rate spike or a load moves the estimate by more."""
+CERTIFICATE_POWER = 32
+"""m of THEORY 2.3: the certificate's lower end is at most 8 % below the norm of a head of rank 128."""
+LAG = 1e-3
+"""How far, relative, an estimate may stay below the certificate's lower end: more than a converged one's error."""
 
 
 class SigmaEstimator:
-    """sigma of each of `layers`; the power estimator's vectors are its state."""
+    """sigma of each of `layers`; the power estimator's vectors are its state.
 
-    def __init__(self, layers: Sequence[AttentionLayer], config: GeoScaleConfig) -> None:
-        self.layers = list(layers)
+    For a batch of layers of equal shape call `look` with each one's projections, then `sigma` once.
+    """
+
+    def __init__(self, layers: Sequence[AttentionLayer], config: GeoScaleConfig, *, share: int = 0) -> None:
+        """`share`: the data-parallel rank whose state of these layers is the checkpoint's."""
+        self.layers, self._share = list(layers), share
         self.power = config.estimator == "power"
         self.per_head = config.granularity == "head"
         self.vectors: dict[int, torch.Tensor] = {}
         """By global layer number: float64 [local heads, d], or [d] under layer granularity."""
         self.previous: dict[int, torch.Tensor] = {}
         """By global layer number: the last estimates, [local heads] or 0-dim."""
+        self._untrusted: dict[int, torch.Tensor] = {}
+        """Heads whose last warm step moved too far, bool [local heads]; of the layers of the running batch."""
 
-    def begin(self) -> dict[int, torch.Tensor]:
-        """Layer granularity: sigma of every layer of the rank, 0-dim each, by layer number; the collectives are
-        shared by all layers. Head granularity: empty, `head_sigma` does the work without collectives."""
-        if self.per_head:
-            return {}
+    def begin(self) -> None:
+        """Layer granularity: estimate every layer of the rank; the collectives are shared by all layers. One host
+        synchronisation under `power`."""
+        if self.per_head or not self.layers:
+            return
         projections = [layer.projections() for layer in self.layers]
-        w_q = torch.stack([p.q for p in projections])
-        w_k = torch.stack([p.k for p in projections])
-        sigma = self._iterate([layer.number for layer in self.layers], w_q, w_k)
-        return {layer.number: s for layer, s in zip(self.layers, sigma, strict=True)}
-
-    def head_sigma(
-        self, layer: AttentionLayer, projections: Projections, grams: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
-        """sigma of each of the rank's heads, [n_q]; `grams`: those of its queries and keys."""
-        if not self.power:
-            return gram_norm(projections.q, projections.k, grams=grams)
-        return self._iterate([layer.number], projections.q[None], projections.k[None])[0]
-
-    def _iterate(self, numbers: list[int], w_q: torch.Tensor, w_k: torch.Tensor) -> torch.Tensor:
-        """One warm step for layers `numbers`, stacked, or convergence where the step is not to be trusted."""
-        granularity = "head" if self.per_head else "layer"
-        group = None if self.per_head else self.layers[0].tp_group
+        w_q, w_k = torch.stack([p.q for p in projections]), torch.stack([p.k for p in projections])
+        numbers = [layer.number for layer in self.layers]
+        options: dict[str, Any] = {"granularity": "layer", "group": self.layers[0].tp_group}
         warm = self.power and all(number in self.vectors for number in numbers)
         if warm:
             state = torch.stack([self.vectors[number] for number in numbers])
-            sigma, state = power_iteration(w_q, w_k, state, 1, granularity=granularity, group=group)
-            before = torch.stack([self.previous[number] for number in numbers])
-            warm = bool(((sigma - before).abs() <= JUMP * before).all())
+            sigma, state = power_iteration(w_q, w_k, state, 1, **options)
+            warm = not bool(_jumped(sigma, torch.stack([self.previous[number] for number in numbers])).any())
         else:
-            state = torch.stack([self._start(layer) for layer in self.layers if layer.number in numbers])
+            state = torch.stack([self._start(layer) for layer in self.layers])
         if not warm:
-            sigma, state, _ = converge(w_q, w_k, state, granularity=granularity, group=group)
+            sigma, state, _ = converge(w_q, w_k, state, **options)
         for number, vector, estimate in zip(numbers, state, sigma, strict=True):
             self.vectors[number], self.previous[number] = vector, estimate
-        return sigma
+
+    def look(self, layer: AttentionLayer, p: Projections) -> None:
+        """Take the warm step of one layer, or its first estimate. No collective."""
+        if not (self.power and self.per_head):
+            return
+        number = layer.number
+        if number not in self.vectors:
+            self.previous[number], self.vectors[number], _ = converge(
+                p.q, p.k, self._start(layer), granularity="head"
+            )
+            return
+        sigma, self.vectors[number] = power_iteration(p.q, p.k, self.vectors[number], 1, granularity="head")
+        self._untrusted[number] = _jumped(sigma, self.previous[number])
+        self.previous[number] = sigma
+
+    def sigma(self, layers: Sequence[AttentionLayer], moments: Moments) -> torch.Tensor:
+        """sigma of the heads of `layers`, whose `moments` are joined: [n_q] float64, a layer's value for each of its
+        heads under layer granularity. Under `power` one host synchronisation: whether to converge again."""
+        if self.per_head and not self.power:
+            return norm_of_grams(moments.q, moments.k)
+        if not self.per_head:
+            return torch.cat([self.previous[layer.number].expand(layer.num_local_heads) for layer in layers])
+        self._converge_again(layers, moments)
+        return torch.cat([self.previous[layer.number] for layer in layers])
+
+    def _converge_again(self, layers: Sequence[AttentionLayer], moments: Moments) -> None:
+        """Restart the heads whose estimate the certificate disproves, and iterate those and the jumped ones."""
+        lower, _ = trace_power_interval(moments.q, moments.k, power=CERTIFICATE_POWER)
+        proven = lower.view(len(layers), -1)
+        lagging = torch.stack([self.previous[layer.number] for layer in layers]) < (1.0 - LAG) * proven
+        moved = [self._untrusted.pop(layer.number, torch.zeros_like(lag)) for layer, lag in zip(layers, lagging)]
+        untrusted = lagging | torch.stack(moved)
+        for index in untrusted.any(dim=1).nonzero()[:, 0].tolist():
+            layer, number = layers[index], layers[index].number
+            p = layer.projections()
+            vectors = self._start(layer).where(lagging[index][:, None], self.vectors[number])
+            sigma, vectors, _ = converge(p.q, p.k, vectors, granularity="head")
+            again = untrusted[index]
+            self.vectors[number] = vectors.where(again[:, None], self.vectors[number])
+            self.previous[number] = sigma.where(again, self.previous[number])
 
     def _start(self, layer: AttentionLayer) -> torch.Tensor:
         heads = range(layer.first_head, layer.first_head + layer.num_local_heads) if self.per_head else None
@@ -87,7 +123,9 @@ class SigmaEstimator:
         if not self.power:
             return {}
         state: dict[str, Any] = {}
-        replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        # Replica 0 is saved: the rank that keeps these layers' state.
+        ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        replica = (parallel_state.get_data_parallel_rank(with_context_parallel=True) - self._share) % ranks
         for layer in self.layers:
             tp_rank, tp_size = layer.tp_group.rank(), layer.tp_group.size()
             vector = self.vectors.get(layer.number)
@@ -111,3 +149,7 @@ class SigmaEstimator:
                 continue
             self.vectors[layer.number] = state[prefix + "vectors"]
             self.previous[layer.number] = state[prefix + "estimates"]
+
+
+def _jumped(sigma: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    return ~((sigma - before).abs() <= JUMP * before)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from megatron_geoscale.bounds.qk_norm import HeadNorm
-from megatron_geoscale.spectral.projections import Projections
+from megatron_geoscale.spectral.gram import trace
+from megatron_geoscale.spectral.moments import Moments
 
 MATRICES = ("W_Q", "W_K", "W_V", "q_layernorm", "k_layernorm")
 _MAX_HEADS = 1 << 20
@@ -21,36 +22,38 @@ class NonFiniteWeightsError(RuntimeError):
 
 
 def find_nonfinite(
-    projections: Projections,
-    head_norms: tuple[HeadNorm, HeadNorm] | None = None,
+    moments: Moments,
+    head_norms: tuple[HeadNorm, HeadNorm] | None,
     *,
+    num_layers: int,
     first_head: int,
     heads_per_group: int,
-) -> int:
-    """Code of the first non-finite folded projection or QK-norm, 0 when all are finite.
+) -> torch.Tensor:
+    """Code of each layer's first non-finite folded projection or QK-norm, 0 where all are finite: [num_layers] float64.
 
-    A key or value matrix is reported under the first query head of its group, a norm under the rank's first head. One
-    host synchronisation a matrix.
+    moments: of `num_layers` layers of equal shape. Entries of a Gram matrix cannot overflow float64, so its trace is
+    finite exactly when every weight is. A key or value matrix is reported under the first query head of its group, a
+    norm under the rank's first head. Stays on the device.
     """
+    codes = moments.q.new_zeros(num_layers)
     matrices = (
-        (projections.q, projections.q_bias, 1),
-        (projections.k, projections.k_bias, heads_per_group),
-        (projections.v, projections.v_bias, heads_per_group),
+        (moments.q, moments.q_bias, 1),
+        (moments.k, moments.k_bias, heads_per_group),
+        (moments.v, moments.v_bias, heads_per_group),
     )
-    for matrix, (weight, bias, heads_per_matrix) in enumerate(matrices):
-        # float64 sums of float32 products cannot overflow: such a sum is finite exactly when every term is.
-        finite = weight.sum(dim=(-2, -1)).isfinite()
+    for matrix, (gram, bias, heads_per_matrix) in enumerate(matrices):
+        bad = ~trace(gram).isfinite()
         if bias is not None:
-            finite &= bias.sum(dim=-1).isfinite()
-        if not bool(finite.all()):
-            index = int((~finite).nonzero()[0, 0])
-            head = first_head + index * heads_per_matrix
-            return 1 + matrix * _MAX_HEADS + head - head % heads_per_matrix
+            bad |= ~bias.sum(dim=-1).isfinite()
+        bad = bad.view(num_layers, -1)
+        head = first_head + bad.int().argmax(dim=1) * heads_per_matrix  # argmax: the first of equals
+        code = 1.0 + matrix * _MAX_HEADS + (head - head % heads_per_matrix)
+        codes = torch.where((codes == 0) & bad.any(dim=1), code.to(codes.dtype), codes)
     for matrix, norm in enumerate(head_norms or (), start=len(matrices)):
         shift = norm.gain if norm.shift is None else norm.shift
-        if not bool((norm.gain.isfinite() & shift.isfinite()).all()):
-            return 1 + matrix * _MAX_HEADS + first_head
-    return 0
+        bad = ~(norm.gain.isfinite() & shift.isfinite()).all(dim=-1)
+        codes = torch.where((codes == 0) & bad, 1.0 + matrix * _MAX_HEADS + first_head, codes)
+    return codes
 
 
 def raise_if_nonfinite(codes: torch.Tensor) -> None:

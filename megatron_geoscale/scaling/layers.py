@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -20,13 +21,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 
 from megatron_geoscale.bounds.qk_norm import HeadNorm
-from megatron_geoscale.spectral.projections import (
-    Projections,
-    fold_norm,
-    input_norm_bound,
-    offset_size,
-    split_linear_qkv,
-)
+from megatron_geoscale.scaling.geometry import AttentionGeometry
+from megatron_geoscale.spectral.projections import Projections, fold_norm, offset_size, scale_rotated, split_linear_qkv
 
 ROTARY_KINDS = {"rope": True, "learned_absolute": False, "none": False}
 
@@ -43,24 +39,33 @@ class AttentionLayer:
     position_embedding_type: str
     rotary_percent: float
     max_sequence_length: int
+    rotary_scale: float = 1.0
+    """What RoPE's cosines and sines are multiplied by (YaRN's mscale)."""
 
     @property
     def config(self) -> TransformerConfig:
         return self.attention.config
 
-    @property
-    def rotary_dim(self) -> int:
-        """How many of the head's dimensions RoPE rotates."""
+    @cached_property
+    def geometry(self) -> AttentionGeometry:
+        """What the layer's bounds depend on besides its weights."""
+        config, core = self.config, self.core_attention
         rotary = ROTARY_KINDS[self.position_embedding_type]
-        return int(self.head_dim * min(1.0, self.rotary_percent)) if rotary else 0
-
-    @property
-    def softmax_scale(self) -> float:
-        return float(self.core_attention.softmax_scale)
-
-    @property
-    def dropout(self) -> float:
-        return float(self.core_attention.attention_dropout)
+        return AttentionGeometry(
+            hidden_size=config.hidden_size,
+            num_heads=self.num_heads,
+            num_groups=config.num_query_groups,
+            head_dim=self.head_dim,
+            softmax_scale=float(core.softmax_scale),
+            max_sequence_length=self.max_sequence_length,
+            rotary_dim=int(self.head_dim * min(1.0, self.rotary_percent)) if rotary else 0,
+            rotary_interleaved=config.rotary_interleaved,
+            rotary_scale=self.rotary_scale,
+            logit_multiplier=float(getattr(core, "logit_multiplier", 1.0)),
+            dropout=float(core.attention_dropout),
+            unit_roundoff=torch.finfo(self.dtype).eps / 2,
+            fp8_projection=config.fp8 is not None,
+        )
 
     @property
     def core_attention(self) -> torch.nn.Module:
@@ -112,15 +117,6 @@ class AttentionLayer:
     def device(self) -> torch.device:
         return self.attention.linear_qkv.weight.device
 
-    @property
-    def unit_roundoff(self) -> float:
-        return torch.finfo(self.dtype).eps / 2
-
-    @property
-    def input_norm(self) -> float:
-        """Radius of the inputs of the folded projections."""
-        return input_norm_bound(self.hidden_size)
-
     @torch.no_grad()
     def projections(self) -> Projections:
         """This rank's heads with norm gain, norm bias and projection bias folded in (THEORY 1), float64.
@@ -152,7 +148,8 @@ class AttentionLayer:
             folded += fold_norm(weight, b, gain=gain, shift=shift)
             if shift is not None or b is not None:
                 sizes.append(offset_size(weight, b, shift=shift))
-        return Projections(*folded, offset_size=torch.stack(sizes).amax() if sizes else None)
+        p = Projections(*folded, offset_size=torch.stack(sizes).amax() if sizes else None)
+        return p if self.rotary_scale == 1.0 else scale_rotated(p, self.geometry.rotary_dim, self.rotary_scale)
 
     def _rows_of_groups(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of this rank's query groups, output gates left out, from its shard of `linear_qkv`'s weight or bias.
@@ -181,9 +178,12 @@ class AttentionLayer:
     def _head_norm(self, module: torch.nn.Module) -> HeadNorm:
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if weight is None:  # L2Norm
-            return HeadNorm(torch.ones(self.head_dim, dtype=torch.float64, device=self.device))
-        gain = weight.double() + (1.0 if self.config.layernorm_zero_centered_gamma else 0.0)
-        return HeadNorm(gain, None if bias is None else bias.double())
+            gain = torch.ones(self.head_dim, dtype=torch.float64, device=self.device)
+        else:
+            gain = weight.double() + (1.0 if self.config.layernorm_zero_centered_gamma else 0.0)
+        factor = torch.ones_like(gain)
+        factor[: self.geometry.rotary_dim] = self.rotary_scale
+        return HeadNorm(gain * factor, None if bias is None else bias.double() * factor)
 
 
 def find_attention_layers(

@@ -24,12 +24,14 @@ BOUNDS = (
     "key_norm",
     "value_norm",
     "offset_size",
+    "softmax_scale",
 )
 """Columns of `ScaleTable.bounds`, each the largest over the layer's heads. sigma: ||A^T B||_2 by the chosen estimator,
 unrotated. sigma_bound: what logit_bound uses. logit_bound: of |logit|. logit_worst: the same with alpha = 1, what a
 calibrated alpha is a share of. amax_*: of an entry of Q, K (after RoPE), V. *_norm: of the 2-norm of one head's query,
-key or value vector. offset_size: what the rounding of biases is relative to (`spectral.projections.offset_size`). All
-are functions of the weights: a calibrated alpha (THEORY 6) is in the scales only."""
+key or value vector. offset_size: what the rounding of biases is relative to (`spectral.projections.offset_size`).
+softmax_scale: the layer's, no bound at all, here because layers may differ in it. All are functions of the weights: a
+calibrated alpha (THEORY 6) is in the scales only."""
 
 
 class ScaleTable:

@@ -1,6 +1,7 @@
 """Norms of the attention weights: pure functions of tensors, no Megatron, no global state (THEORY 1 and 2)."""
 
 from megatron_geoscale.spectral.gram import certified_norm, gram, gram_norm, spectral_norm, trace_power_bound
+from megatron_geoscale.spectral.moments import Moments
 from megatron_geoscale.spectral.power_iteration import converge, power_iteration, start_vectors
 from megatron_geoscale.spectral.projections import Projections, fold_norm, input_norm_bound, split_linear_qkv
 from megatron_geoscale.spectral.sharded import FlatShard, sharded_power_iteration
@@ -8,6 +9,7 @@ from megatron_geoscale.spectral.sharded_gram import all_reduced_gram, row_sharde
 
 __all__ = [
     "FlatShard",
+    "Moments",
     "Projections",
     "all_reduced_gram",
     "certified_norm",

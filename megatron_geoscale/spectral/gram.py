@@ -4,6 +4,9 @@ Computed in float64 (see `projections`). A head's Gram matrix is one matrix prod
 depend on how many heads the rank holds. Weights as large as 1e+38 and as small as 1e-38 need no rescaling: their Gram
 matrices fit float64, and each is divided by its trace before two of them are multiplied. A head with a non-finite
 weight gets a non-finite norm; it stops neither the others nor the program.
+
+On a CPU eigenvalues are LAPACK's. On any other device they come from repeated squaring, matrix products alone: torch's
+eigenvalue solvers wait there for the host and treat the matrices of a batch one after another.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ by at most d 2^-53 ||row|| ||row'||, so the matrix of the errors has a spectral 
 2^15 units of 2^-53: enough for a product of two Gram matrices with rows of 8192 elements in the worst case (blocked
 summation goes far beyond), and the other half for the eigenvalues. Bounds add it, estimates do not; it costs 1e-8
 relative on an ordinary head."""
+SQUARINGS = 20
+"""For an eigenvalue by squaring: the (2^20)-th power overshoots a norm of rank 128 by 128^(2^-21), 2.3e-6 of it."""
 
 
 def gram(w: Tensor) -> Tensor:
@@ -38,7 +43,13 @@ def trace(matrices: Tensor) -> Tensor:
 
 
 def largest_eigenvalue(grams: Tensor) -> Tensor:
-    """Largest eigenvalue of positive semidefinite matrices: [n, m, m] float64 -> [n], NaN for a non-finite matrix."""
+    """Largest eigenvalue of positive semidefinite matrices: [n, m, m] float64 -> [n], NaN for a non-finite matrix.
+
+    On a CPU LAPACK's; elsewhere an upper bound within 5e-6 of it, see `SQUARINGS`. Neither waits for another device.
+    """
+    if grams.device.type != "cpu":
+        unit, traces = unit_trace(grams)
+        return _trace_powers(unit, GRAM_ROUNDING, SQUARINGS)[1].exp() * traces
     finite = torch.isfinite(grams).all(dim=-1).all(dim=-1)
     eigenvalues: Tensor = torch.linalg.eigvalsh(grams.where(finite[:, None, None], torch.zeros_like(grams)))
     return eigenvalues[:, -1].clamp_min(0.0).where(finite, torch.nan)
@@ -61,7 +72,16 @@ def gram_norm(w_q: Tensor, w_k: Tensor, *, grams: tuple[Tensor, Tensor] | None =
     error of about 1e-8 ||A|| ||B|| for one that cancels.
     """
     check_shapes(w_q, w_k)
-    g_q, g_k = grams if grams is not None else (gram(w_q), gram(w_k))
+    return norm_of_grams(*(grams if grams is not None else (gram(w_q), gram(w_k))))
+
+
+def norm_of_grams(g_q: Tensor, g_k: Tensor) -> Tensor:
+    """`gram_norm` of weights whose Gram matrices are g_q [n_q, d_h, d_h] and g_k [n_kv, d_h, d_h]: [n_q] float64.
+
+    Not on a CPU it is the upper end of `trace_power_interval` at the power 2^`SQUARINGS`.
+    """
+    if g_q.device.type != "cpu":
+        return trace_power_interval(g_q, g_k, power=1 << SQUARINGS)[1]
     unit_q, trace_q = unit_trace(g_q)
     unit_k, trace_k = unit_trace(g_k)
     finite = torch.isfinite(trace_k)[:, None, None]
@@ -74,43 +94,68 @@ def gram_norm(w_q: Tensor, w_k: Tensor, *, grams: tuple[Tensor, Tensor] | None =
 
 def certified_norm(w_q: Tensor, w_k: Tensor, *, grams: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """`gram_norm` raised by what rounding can hide (`GRAM_ROUNDING`), an upper bound: [n_q] float64 (THEORY 2.2)."""
-    g_q, g_k = grams if grams is not None else (gram(w_q), gram(w_k))
+    check_shapes(w_q, w_k)
+    return certified_norm_of_grams(*(grams if grams is not None else (gram(w_q), gram(w_k))))
+
+
+def certified_norm_of_grams(g_q: Tensor, g_k: Tensor) -> Tensor:
+    """`certified_norm` of weights whose Gram matrices are g_q [n_q, d_h, d_h] and g_k [n_kv, d_h, d_h]: [n_q]."""
     hidden = (GRAM_ROUNDING * trace(g_q)).sqrt() * per_query_head(trace(g_k), g_q).sqrt()
-    return torch.hypot(gram_norm(w_q, w_k, grams=(g_q, g_k)), hidden)
+    return torch.hypot(norm_of_grams(g_q, g_k), hidden)
 
 
 def trace_power_bound(w_q: Tensor, w_k: Tensor, power: int = 32) -> Tensor:
     """Upper bound of ||A_h^T B_g(h)||_2 without eigenvalues: (tr P^m)^(1/2m), P = G_A G_B, m = power (THEORY 2.3).
 
     w_q: [n_q, d_h, d], w_k: [n_kv, d_h, d] as in `gram_norm` -> [n_q] float64, at most d_h^(1/(2 power)) above the norm
-    on ordinary heads. `power` must be a power of two, else ValueError. P is squared repeatedly and divided by its
-    Frobenius norm each time; `error` bounds what rounding has done to the normalised power, so the result stays a bound
-    for heads that nearly cancel, where P is far from normal: there it is loose, never too small.
+    on ordinary heads. ValueError as `gram_norm`, and unless `power` is a power of two.
     """
     check_shapes(w_q, w_k)
+    return trace_power_interval(gram(w_q), gram(w_k), power=power)[1]
+
+
+def trace_power_interval(g_q: Tensor, g_k: Tensor, *, power: int) -> tuple[Tensor, Tensor]:
+    """(lower, upper) bounds of ||A^T B||_2 from Gram matrices, [n_q] float64 each (THEORY 2.3).
+
+    (tr P^m / d_h)^(1/2m) <= ||A^T B|| <= (tr P^m)^(1/2m), the best over m = 1, 2, 4, ... power, with what rounding can
+    have done on the outer side of both: for heads that nearly cancel, where P is far from normal, the interval is wide,
+    never wrong. g_q: [n_q, d_h, d_h], g_k: [n_kv, d_h, d_h]. ValueError unless `power` is a power of two.
+    """
     if power < 1 or power & (power - 1):
         raise ValueError(f"power must be a power of two, got {power}.")
-    unit_q, trace_q = unit_trace(gram(w_q))
-    unit_k, trace_k = unit_trace(gram(w_k))
-    matrix = unit_q @ per_query_head(unit_k, unit_q)
+    unit_q, trace_q = unit_trace(g_q)
+    unit_k, trace_k = unit_trace(g_k)
+    product = unit_q @ per_query_head(unit_k, unit_q)
+    unit = trace_q.sqrt() * per_query_head(trace_k, trace_q).sqrt()
+    lower, upper = _trace_powers(product, GRAM_ROUNDING, power.bit_length() - 1)
+    return (0.5 * lower).exp() * unit, (0.5 * upper).exp() * unit
+
+
+def _trace_powers(matrix: Tensor, rounding: float, squarings: int) -> tuple[Tensor, Tensor]:
+    """(lower, upper) bounds of ln lambda_max of matrices with the spectrum of a positive semidefinite one: [n] each.
+
+    matrix: [n, m, m] float64, off by at most `rounding` in Frobenius norm. It is squared repeatedly and divided by its
+    Frobenius norm each time; `error` bounds what rounding has done to the normalised power.
+    """
     rank = matrix.shape[-1]
     tiny = torch.finfo(torch.float64).tiny
-    # Invariant: P^exponent = exp(log_scale) (matrix + E), ||E||_F <= error, all relative to Grams of unit trace.
+    # Invariant: P^exponent = exp(log_scale) (matrix + E), ||E||_F <= error.
     size = torch.linalg.matrix_norm(matrix).clamp_min(tiny)
-    matrix, error, log_scale = matrix / size[:, None, None], GRAM_ROUNDING / size, size.log()
-    exponent = 1
-    log_bound = torch.full_like(log_scale, torch.inf)
-    while True:
-        # |tr E| <= sqrt(rank) ||E||_F.
-        log_trace = (trace(matrix).clamp_min(0.0) + rank**0.5 * error).log() + log_scale
-        log_bound = torch.minimum(log_bound, log_trace / exponent)
-        if exponent == power:
+    matrix, error, log_scale = matrix / size[:, None, None], rounding / size, size.log()
+    upper = torch.full_like(log_scale, torch.inf)
+    lower = torch.full_like(log_scale, -torch.inf)
+    for step in range(squarings + 1):
+        exponent = 2.0**step
+        found, doubt = trace(matrix).clamp_min(0.0), rank**0.5 * error  # |tr E| <= sqrt(rank) ||E||_F
+        upper = torch.minimum(upper, ((found + doubt).log() + log_scale) / exponent)
+        lower = torch.maximum(lower, (((found - doubt).clamp_min(0.0) / rank).log() + log_scale) / exponent)
+        if step == squarings:
             break
-        matrix, exponent = matrix @ matrix, 2 * exponent
+        matrix = matrix @ matrix
         size = torch.linalg.matrix_norm(matrix).clamp_min(tiny)
         error = (2.0 * error + error * error + rank * 2.0**-52) / size
         matrix, log_scale = matrix / size[:, None, None], 2.0 * log_scale + size.log()
-    return (0.5 * log_bound).exp() * trace_q.sqrt() * per_query_head(trace_k, trace_q).sqrt()
+    return lower, upper
 
 
 def unit_trace(grams: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ number of heads in the batch, because the order in which float64 sums are taken 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,15 @@ def fold_norm(
         from_shift = weight @ shift.detach().to(torch.float64)
         offset = from_shift if offset is None else offset + from_shift
     return weight if gain is None else weight.mul_(gain.detach().to(torch.float64)), offset
+
+
+def scale_rotated(p: Projections, rotary_dim: int, factor: float) -> Projections:
+    """`p` with the first `rotary_dim` rows of queries and keys multiplied by `factor`, in place: what RoPE does whose
+    cosines and sines carry a factor, YaRN's mscale (THEORY 3)."""
+    for rows in (p.q, p.k, p.q_bias, p.k_bias):
+        if rows is not None:
+            rows[:, :rotary_dim] *= factor
+    return p if p.offset_size is None else replace(p, offset_size=p.offset_size * max(1.0, factor))
 
 
 def offset_size(w: Tensor, b: Tensor | None, *, shift: Tensor | None) -> Tensor:

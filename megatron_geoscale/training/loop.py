@@ -95,6 +95,7 @@ class Trainer:
         self._train_data, self._valid_data = train_data, valid_data
         self._monitor = Monitor(run)
         self._applied_since_refresh = run.args.geoscale.refresh_interval  # the first forward needs a table
+        self._unchecked = False  # whether a refresh still has to be asked if it met weights that are not finite
         update_num_microbatches(self.state.consumed_samples)
         self._iterators = self._per_chunk(train_data, self.state.consumed_samples)
 
@@ -152,6 +153,7 @@ class Trainer:
             run.scaling.begin_step()
 
         loss = _run_schedule(run, self._iterators, forward_only=False)
+        self._check_finite()
         applied, grad_norm, _ = run.optimizer.step()
         batch = get_current_global_batch_size()
         if applied:
@@ -176,8 +178,10 @@ class Trainer:
         if isinstance(run.scaling, DelayedScaling):
             run.scaling.end_step()  # after the report, which shows the scales that this step has used
         elif isinstance(run.scaling, GeoScaleEngine):
-            for sentence in run.scaling.end_step():  # likewise
-                print_from_reporter(sentence)
+            run.scaling.end_step()  # likewise
+            if report.iteration % self.args.log_interval == 0 or report.iteration == self.args.train_iters:
+                for sentence in run.scaling.news():
+                    print_from_reporter(sentence)
 
     def _refresh(self) -> float:
         """Make the scale table agree with the weights if they have changed; milliseconds it took."""
@@ -185,9 +189,17 @@ class Trainer:
         if not isinstance(scaling, GeoScaleEngine) or self._applied_since_refresh < self.args.geoscale.refresh_interval:
             return 0.0
         self._gather_params()
-        scaling.refresh()
+        # On a GPU the host runs ahead of the device: whether all was finite is asked where it waits anyway.
+        scaling.refresh(check=not torch.cuda.is_available())
+        self._unchecked = torch.cuda.is_available()
         self._applied_since_refresh = 0
         return scaling.refresh_ms
+
+    def _check_finite(self) -> None:
+        """Before an update is applied, stop if the refresh of this step met weights that are not finite."""
+        if self._unchecked:
+            self.run.scaling.check_finite()
+            self._unchecked = False
 
     def _gather_params(self) -> None:
         """Make the weights final where gathering them overlaps the forward: until then replicas differ."""
@@ -209,6 +221,7 @@ class Trainer:
         iterators = self._per_chunk(self._valid_data, consumed)
         update_num_microbatches(args.global_batch_size)
         losses = [_run_schedule(self.run, iterators, forward_only=True) for _ in range(args.eval_iters)]
+        self._check_finite()
         update_num_microbatches(self.state.consumed_samples)
         self._monitor.report_validation(self.state.iteration, losses)
         for chunk in self.run.chunks:

@@ -101,15 +101,19 @@ def test_validation_leaves_no_trace_in_a_calibration():
 def watch_raises(trainer, go):
     """Each step's saturated slots as its rank saw them, and alpha before and after the calibrator took them up."""
     scaling, seen = trainer.run.scaling, []
-    plain = scaling.end_step
+    end_step, news, running = scaling.end_step, scaling.news, []
 
-    def end_step():
-        saturated, before = scaling.calibrator.gauge.saturated > 0, scaling.calibrator.factors.clone()
-        told = plain()
-        seen.append((saturated, before, scaling.calibrator.factors.clone(), scaling.digest(), told))
+    def watched_end_step():
+        running.extend((scaling.calibrator.gauge.saturated > 0, scaling.calibrator.factors.clone()))
+        end_step()
+
+    def watched_news():  # at every step, since that is the log interval
+        told = news()
+        seen.append((*running, scaling.calibrator.factors.clone(), scaling.digest(), told))
+        running.clear()
         return told
 
-    scaling.end_step = end_step
+    scaling.end_step, scaling.news = watched_end_step, watched_news
     go()
     return seen
 

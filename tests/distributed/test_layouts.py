@@ -123,8 +123,8 @@ def replicas(trainer, go):
     seen, scaling = [], trainer.run.scaling
     layers, plain = find_attention_layers(trainer.run.chunks), scaling.refresh
 
-    def refresh():
-        plain()
+    def refresh(**options):
+        plain(**options)
         seen.append((scaling.digest(), [layer.attention.linear_qkv.weight.detach().clone() for layer in layers]))
 
     scaling.refresh = refresh

@@ -253,7 +253,7 @@ def test_softmax_scale_of_the_config_scales_the_logit_bound_alone():
     def double(trainer, go):
         engine = trainer.run.scaling
         engine.refresh()
-        return engine.layers[0].softmax_scale, engine.table.bounds.clone()
+        return engine.layers[0].geometry.softmax_scale, engine.table.bounds.clone()
 
     def prepare():
         from megatron_geoscale.training import model
@@ -266,5 +266,5 @@ def test_softmax_scale_of_the_config_scales_the_logit_bound_alone():
 
     assert plain.value[0] == pytest.approx(HEAD_DIM**-0.5) and scaled.value[0] == 1.0
     for name, before, after in zip(BOUNDS, plain.value[1].T, scaled.value[1].T):
-        factor = HEAD_DIM**0.5 if name in ("logit_bound", "logit_worst") else 1.0
+        factor = HEAD_DIM**0.5 if name in ("logit_bound", "logit_worst", "softmax_scale") else 1.0
         assert torch.allclose(after, factor * before, rtol=1e-12), name

@@ -115,7 +115,8 @@ def step(calibrator, amax, saturated=()):
     for (row, column), value in amax.items():
         zero, count = torch.tensor(0), torch.tensor(int((row, column) in saturated))
         calibrator.gauge.observe(row, SLOTS[column], torch.tensor(value), count, zero, torch.tensor(SCALE))
-    return calibrator.end_step(lambda: torch.full_like(calibrator.gauge.amax, SCALE))
+    calibrator.end_step(lambda: torch.full_like(calibrator.gauge.amax, SCALE))
+    return calibrator.news()
 
 
 @pytest.mark.usefixtures("megatron")
@@ -141,6 +142,7 @@ def test_burn_in_then_alpha_then_only_saturation_counts():
     assert told == ["WARNING: values of qkv saturated in layer 2: alpha is raised from 0.25 to 0.5"]
     assert step(calibrator, {}) == []  # a step's saturation counts once
     step(calibrator, {(1, QKV): 2.0}, {(1, QKV)})
+    assert calibrator.news() == []  # nothing is told twice
     assert calibrator.alpha_of(1)["qkv"] == 1.0 and calibrator.alpha_of(0)["qkv"] == 0.3125
 
 
@@ -173,6 +175,8 @@ def test_state_moves_and_the_burn_in_may_be_made_longer_or_shorter(saved_at, bur
         step(source, {(0, QKV): value})
     target = calibrator_of(burn_in_steps=burn_in)
     target.load_state_dict(values_of(source))
+    told_of_a_new_end = burn_in < saved_at  # the end of the checkpoint's own burn-in was told by the run that saved it
+    assert [("ended" in sentence) for sentence in target.news()] == [True] * told_of_a_new_end
     assert (target.alpha_of(0) or {}).get("qkv") == alpha
     assert torch.equal(target.statistics.counts, source.statistics.counts)
     while target.burning_in:

@@ -7,7 +7,6 @@ import torch
 
 from megatron_geoscale.bounds import alpha
 from megatron_geoscale.bounds.isotropic import (
-    cross_gram,
     diagonal_bound,
     isotropic_constants,
     rank_aware_logit_bound,
@@ -15,6 +14,7 @@ from megatron_geoscale.bounds.isotropic import (
 from megatron_geoscale.bounds.logits import certified_logit_bound
 from megatron_geoscale.bounds.tensors import entry_bound, vector_norm_bound
 from megatron_geoscale.spectral.gram import gram
+from megatron_geoscale.spectral.moments import Moments, cross_gram
 from megatron_geoscale.spectral.projections import Projections
 from tests.unit.test_isotropic_attack import most_failures, orthonormal_rows, rotate, sphere
 
@@ -43,12 +43,12 @@ def head(kind, d, r, seed=0):
 def bounds_of(a, b, *, a_bias=None, b_bias=None, rotary_dim=0, delta=DELTA, length=LENGTH, scale=1.0):
     """(certified, rank_aware, constants) for one head and one sequence."""
     _, r, d = a.shape
-    p = Projections(a, a_bias, b, b_bias, b, b_bias)
-    grams = gram(a), gram(b)
+    moments = Moments.of(Projections(a, a_bias, b, b_bias, b, b_bias), with_cross=True)
     options = {"softmax_scale": scale, "input_norm": math.sqrt(d)}
-    certified = certified_logit_bound(p, rotary_dim=rotary_dim, interleaved=True, grams=grams, **options)
+    certified = certified_logit_bound(moments, rotary_dim=rotary_dim, interleaved=True, **options)
     constants = isotropic_constants(d, r, num_pairs=length**2, num_tokens=length, delta=delta)
-    return certified, rank_aware_logit_bound(p, grams, certified=certified, constants=constants, **options), constants
+    bound = rank_aware_logit_bound(moments, certified=certified, constants=constants, hidden_size=d, **options)
+    return certified, bound, constants
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,8 +58,9 @@ def test_the_diagonal_bound_is_that_of_the_dense_matrix(kind):
     m = a[0].T @ b[0]
     sigma = float(torch.linalg.matrix_norm(m, 2))
     _, _, constants = bounds_of(a, b)
-    p = Projections(a, None, b, None, b, None)
-    bound = float(diagonal_bound(p, (gram(a), gram(b)), diagonal_log=constants.diagonal_log, input_norm=math.sqrt(d)))
+    moments = Moments.of(Projections(a, None, b, None, b, None), with_cross=True)
+    log = constants.diagonal_log
+    bound = float(diagonal_bound(moments, diagonal_log=log, input_norm=math.sqrt(d), hidden_size=d))
     if sigma <= 1e-6 * float(a.norm() * b.norm()):
         assert 0 <= bound <= 1e-6 * d * float(a.norm() * b.norm())
         return
@@ -120,11 +121,11 @@ def test_union_of_all_events_fails_no_more_often_than_delta(kind, rotary):
     d, r = 256, 32
     a, b = head(kind, d, r)
     _, bound, constants = bounds_of(a, b, rotary_dim=r if rotary else 0)
+    rotary_options = {"rotary_dim": r if rotary else 0, "interleaved": True}
     entries = [
-        float(entry_bound(w, None, rotary_dim=r if rotary else 0, interleaved=True, input_norm=constants.entry_norm))
-        for w in (a, b)
+        float(entry_bound(gram(w), None, input_norm=constants.entry_norm, **rotary_options)) for w in (a, b)
     ]
-    lengths = [float(vector_norm_bound(w, None, input_norm=constants.length_norm)) for w in (a, b)]
+    lengths = [float(vector_norm_bound(gram(w), None, input_norm=constants.length_norm)) for w in (a, b)]
     g = torch.Generator().manual_seed(1)
     failures, broken_without_diagonal, largest = 0, 0, 0.0
     off_diagonal = constants.alpha * d * float(torch.linalg.matrix_norm(a[0].T @ b[0], 2))
@@ -148,5 +149,7 @@ def test_union_of_all_events_fails_no_more_often_than_delta(kind, rotary):
 
 def test_shapes_that_do_not_fit_are_named():
     a, b = head("random", 32, 8)
-    with pytest.raises(ValueError, match="multiple"):
-        diagonal_bound(Projections(a, None, b[:, :4], None, b, None), (gram(a), gram(b)), diagonal_log=1, input_norm=1)
+    with pytest.raises(ValueError, match="n_kv"):
+        Moments.of(Projections(a, None, b[:, :4], None, b, None))
+    with pytest.raises(ValueError, match="with_cross"):
+        diagonal_bound(Moments.of(Projections(a, None, b, None, b, None)), diagonal_log=1, input_norm=1, hidden_size=32)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_geoscale.bounds import certified_logit_bound
-from megatron_geoscale.spectral import Projections, fold_norm, input_norm_bound
+from megatron_geoscale.spectral import Moments, Projections, fold_norm, input_norm_bound
 
 D_H, D, SCALE = 8, 24, 0.35
 U = 2.0**-24
@@ -63,7 +63,7 @@ class Layer:
         k, b = fold_norm(self.w_k[None], None if self.b_k is None else self.b_k[None], **fold)
         layout = {"rotary_dim": rotary_dim, "interleaved": interleaved}
         self.bound = certified_logit_bound(
-            Projections(q, a, k, b, k, b),
+            Moments.of(Projections(q, a, k, b, k, b)),
             softmax_scale=SCALE,
             input_norm=input_norm_bound(D),
             **layout,

@@ -95,7 +95,7 @@ def test_bounds_are_those_of_the_diagonal_projections_and_tighter_than_the_searc
     """gain as diag(gain), shift as bias, d_h as d: THEORY 3 for ordinary projections says the same, more loosely."""
     from megatron_geoscale.bounds.logits import certified_logit_bound
     from megatron_geoscale.bounds.tensors import entry_bound, vector_norm_bound
-    from megatron_geoscale.spectral.projections import Projections
+    from megatron_geoscale.spectral import Moments, Projections, gram
 
     query, key = head_norm(16, True, 1), head_norm(16, True, 2)
     w_q, w_k = torch.diag(query.gain)[None], torch.diag(key.gain)[None]
@@ -103,12 +103,12 @@ def test_bounds_are_those_of_the_diagonal_projections_and_tighter_than_the_searc
     for rotary_dim, interleaved in [(0, False), (16, False), (16, True), (8, False)]:
         rotary = dict(rotary_dim=rotary_dim, interleaved=interleaved)
         mine = normalised_logit_bound(query, key, softmax_scale=0.25, **rotary)
-        theirs = certified_logit_bound(p, softmax_scale=0.25, input_norm=4.0, **rotary)
+        theirs = certified_logit_bound(Moments.of(p), softmax_scale=0.25, input_norm=4.0, **rotary)
         for tight, loose in zip(mine, theirs):
             assert 0.6 * float(loose) <= float(tight) <= float(loose) * (1 + 1e-7)
-        entry = entry_bound(w_q, query.shift[None], input_norm=4.0, **rotary)
+        entry = entry_bound(gram(w_q), query.shift[None], input_norm=4.0, **rotary)
         assert float(normalised_entry_bound(query, **rotary)) == pytest.approx(float(entry), rel=1e-6)
-    length = vector_norm_bound(w_q, query.shift[None], input_norm=4.0)
+    length = vector_norm_bound(gram(w_q), query.shift[None], input_norm=4.0)
     assert float(normalised_vector_norm_bound(query)) == pytest.approx(float(length), rel=1e-6)
 
 

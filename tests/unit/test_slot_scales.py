@@ -1,7 +1,6 @@
 """Scales made from bounds, attacked: on a real layer with inputs built against them, and slot by slot."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,22 +143,23 @@ def test_margin_leaves_that_share_of_the_range_free():
     assert 0.99 <= overrange["s"] <= 1.0  # a probability needs no margin
 
 
-def layer_of(**changes):
-    """The constants that scales read of a layer."""
-    constants = dict(hidden_size=64, head_dim=16, softmax_scale=0.25, dropout=0.0, max_sequence_length=32,
-                     unit_roundoff=2.0**-24, number=1)
-    return SimpleNamespace(**(constants | changes))
+def geometry_of(**changes):
+    from megatron_geoscale.scaling.geometry import AttentionGeometry
+
+    constants = dict(hidden_size=64, num_heads=4, num_groups=4, head_dim=16, softmax_scale=0.25, max_sequence_length=32)
+    return AttentionGeometry(**(constants | changes))
 
 
 def bounds_of(**values):
-    """One row of bounds; all 1 but for `values`."""
+    """One row of bounds; all 1 but for `values` and the softmax scale of `geometry_of`."""
+    values = {"softmax_scale": 0.25} | values
     return torch.tensor([[float(values.get(name, 1.0)) for name in BOUNDS]], dtype=torch.float64)
 
 
-def scales_of(layer=None, config=None, **values):
+def scales_of(geometry=None, config=None, **values):
     from megatron_geoscale.scaling.slot_scales import scales_from_bounds
 
-    row = scales_from_bounds(bounds_of(**values), layer or layer_of(), config or GeoScaleConfig())
+    row = scales_from_bounds(bounds_of(**values), geometry or geometry_of(), config or GeoScaleConfig())
     assert row.dtype == torch.float32 and row.shape == (1, len(SLOTS))
     return dict(zip(SLOTS, row[0].tolist(), strict=True))
 
@@ -175,10 +175,10 @@ def test_each_scale_maps_its_bound_just_below_the_maximum():
 
 def test_scales_answer_to_what_makes_values_larger():
     plain = scales_of()
-    dropped = scales_of(layer_of(dropout=0.5))
+    dropped = scales_of(geometry_of(dropout=0.5))
     assert dropped["s"] == 224 and dropped["qkv"] == plain["qkv"]
     assert dropped["o"] == pytest.approx(plain["o"] / 2, rel=1e-3)
-    bf16 = scales_of(layer_of(unit_roundoff=2.0**-9))
+    bf16 = scales_of(geometry_of(unit_roundoff=2.0**-9))
     assert all(bf16[slot] < plain[slot] for slot in ("qkv", "logits", "o")) and bf16["s"] == plain["s"]
     half = scales_of(config=GeoScaleConfig(margin=0.5))
     assert half["qkv"] == pytest.approx(plain["qkv"] / 2, rel=1e-6)
@@ -206,17 +206,17 @@ class Attention:
         from megatron_geoscale.scaling.slot_scales import TableScaler, scales_from_bounds
         from megatron_geoscale.scaling.table import ScaleTable
 
-        layer = layer_of(head_dim=query.shape[-1], dropout=dropout, max_sequence_length=len(key))
+        geometry = geometry_of(head_dim=query.shape[-1], dropout=dropout, max_sequence_length=len(key))
         norms = [float(torch.linalg.vector_norm(x, dim=-1).max()) for x in (query, key, value)]
         bounds = bounds_of(amax_q=query.abs().max(), amax_k=key.abs().max(), amax_v=value.abs().max(),
                            query_norm=norms[0], key_norm=norms[1], value_norm=norms[2],
-                           logit_bound=layer.softmax_scale * norms[0] * norms[1])
+                           logit_bound=geometry.softmax_scale * norms[0] * norms[1])
         self.table, self.gauge = ScaleTable(1, torch.device("cpu")), SlotGauge(1)
-        self.table.swap(scales_from_bounds(bounds, layer, GeoScaleConfig()), bounds)
-        self.scaler = TableScaler(self.table, self.gauge, layer)
+        self.table.swap(scales_from_bounds(bounds, geometry, GeoScaleConfig()), bounds)
+        self.scaler = TableScaler(self.table, self.gauge, 0, geometry)
         self.inputs = [x.clone().requires_grad_() for x in (query, key, value)]
         factors = (torch.rand(query.shape[1], query.shape[2], len(query), len(key)) >= dropout) / (1 - dropout)
-        self.out = fp8_attention(*self.inputs, scaler=self.scaler, softmax_scale=layer.softmax_scale,
+        self.out = fp8_attention(*self.inputs, scaler=self.scaler, softmax_scale=geometry.softmax_scale,
                                  dropout=factors if dropout else None, fp8_logits=True)
 
     def backward(self, grad):

@@ -1,0 +1,46 @@
+"""The constants of one attention layer that its bounds and scales depend on, apart from its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_geoscale.spectral.projections import input_norm_bound
+
+
+@dataclass(frozen=True)
+class AttentionGeometry:
+    """Shapes of the whole layer (not of a rank's share) and how it computes. Layers of equal geometry are bounded
+    together. Made from a Megatron module (`scaling.layers`) or from a checkpoint's configuration."""
+
+    hidden_size: int
+    num_heads: int
+    """Query heads."""
+    num_groups: int
+    """Key and value heads."""
+    head_dim: int
+    softmax_scale: float
+    """What q.k is multiplied by before it is stored; see `logit_multiplier`."""
+    max_sequence_length: int
+    rotary_dim: int = 0
+    """How many of the head's dimensions RoPE rotates."""
+    rotary_interleaved: bool = False
+    rotary_scale: float = 1.0
+    """What RoPE's cosines and sines are multiplied by: YaRN's mscale (THEORY 3)."""
+    logit_multiplier: float = 1.0
+    """What stored logits are multiplied by inside the softmax: the layer number under query-key layer scaling."""
+    dropout: float = 0.0
+    """Of the attention probabilities."""
+    unit_roundoff: float = 2.0**-24
+    """Of the arithmetic that makes Q, K and V."""
+    fp8_projection: bool = False
+    """Whether the matrix product that makes Q, K and V casts its inputs and weights to FP8 itself."""
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that read one key and value."""
+        return self.num_heads // self.num_groups
+
+    @property
+    def input_norm(self) -> float:
+        """Radius of the inputs of the folded projections."""
+        return input_norm_bound(self.hidden_size)
