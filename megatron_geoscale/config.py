@@ -21,6 +21,7 @@ ESTIMATORS = ("gram", "power")
 GRANULARITIES = ("head", "layer")
 ATTENTION_BACKENDS = ("auto", "emulated", "te")
 LOGITS_DTYPES = ("fp32", "fp8")
+OVERFLOWS = ("saturate", "nan")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class GeoScaleConfig:
     """`emulated`: FP8 attention in plain torch. `te`: Transformer Engine's kernels. `auto`: what this machine has."""
     logits_dtype: str = "fp32"
     """`fp8` stores the logits themselves in E4M3 under their predicted scale, the paper's setting (emulated only)."""
+    overflow: str = "saturate"
+    """What a cast makes of a value beyond the largest (emulated only): the largest itself, as Transformer Engine's
+    kernels and torch's e4m3fn cast since 2.12; or, `nan`, IEEE rounding: NaN in E4M3 and infinity in E5M2."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -67,6 +71,7 @@ class GeoScaleConfig:
             ("granularity", GRANULARITIES),
             ("attention", ATTENTION_BACKENDS),
             ("logits_dtype", LOGITS_DTYPES),
+            ("overflow", OVERFLOWS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{_flag(name)} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
@@ -133,6 +138,8 @@ def add_geoscale_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        help="what computes FP8 attention (default: auto)")
     group.add_argument("--geoscale-logits-dtype", default=default.logits_dtype, metavar="{fp32,fp8}",
                        help="fp8 stores the logits in E4M3 too, the paper's setting (default: fp32)")
+    group.add_argument("--geoscale-overflow", default=default.overflow, metavar="{saturate,nan}",
+                       help="what an emulated cast makes of values beyond the largest (default: saturate)")
     return parser
 
 
@@ -151,4 +158,5 @@ def geoscale_config_from_args(args: argparse.Namespace) -> GeoScaleConfig:
         split_over_data_parallel=args.geoscale_split_over_data_parallel,
         attention=args.geoscale_attention,
         logits_dtype=args.geoscale_logits_dtype,
+        overflow=args.geoscale_overflow,
     )

@@ -32,6 +32,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallelConfig
@@ -102,6 +103,9 @@ def _replace_devices() -> None:
 
         return wrapper
 
+    # `with torch.device(...)` looks the constructors up when it is first used, and must find torch's own: with ours it
+    # would change nothing, and transformers' from_pretrained would leave buffers uninitialised.
+    _device_constructors()
     for name in CONSTRUCTORS:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
@@ -251,7 +255,6 @@ def refuse_unsupported(config: TransformerConfig, ddp_config: DistributedDataPar
         (config.cuda_graph_impl != "none", "remove --cuda-graph-impl: there are no CUDA graphs"),
         (config.context_parallel_size > 1, "remove --context-parallel-size: it needs Transformer Engine's attention"),
         (config.num_moe_experts is not None, "remove --num-experts: the router calls Transformer Engine"),
-        (config.multi_latent_attention, "remove --multi-latent-attention: its layers ask for Transformer Engine's"),
         ("layernorm" in recomputed, "remove layernorm from --recompute-modules: it calls Transformer Engine"),
         (
             "mlp" in recomputed and config.add_bias_linear,

@@ -105,6 +105,7 @@ def _rank_main(
     fn: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...], store: str, timeout: float, sender: Any
 ) -> None:
     """The life of one rank: sends (None, result, "") or (time of failure, exception or None, traceback)."""
+    message: tuple[float | None, bytes | None, str]
     try:
         torch.set_num_threads(1)
         dist.init_process_group(
@@ -116,7 +117,7 @@ def _rank_main(
         )
         result = pickle.dumps(fn(rank, world_size, *args))
         dist.destroy_process_group()
-        sender.send((None, result, ""))
+        message = (None, result, "")
     except BaseException as error:
         failed_at, text = time.monotonic(), traceback.format_exc()
         try:
@@ -124,7 +125,12 @@ def _rank_main(
             pickle.loads(value)  # an exception with its own __init__ may pickle and yet not come back
         except Exception:
             value = None
-        sender.send((failed_at, value, text))
+        message = (failed_at, value, text)
+    try:
+        # Such as megatron-core's save manager. Before the message: its receiver kills this process at once.
+        for child in multiprocessing.active_children():
+            child.kill()
+        sender.send(message)
     finally:
         # No interpreter shutdown: it would run pytest's exit handlers and join gloo's threads.
         sys.stdout.flush()

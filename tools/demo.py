@@ -16,34 +16,28 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import shlex
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import psutil
 from tqdm import tqdm
 
+from _children import TOOLS, child
 from _cli import ArgumentParser, run, write_atomically
-from _corpus import collect_files, stdlib_directory
+from _corpus import stdlib_directory
+from _demo_data import prepare_data
 from _demo_report import LogReader, plot, summarize, table
 from megatron_geoscale.config import BASELINE_RECIPES, GEOMETRIC_RECIPES
 
-TOOLS = Path(__file__).resolve().parent
 PRETRAIN = TOOLS.parent / "pretrain.py"
-VOCAB_SIZE = 4096
-SAMPLE_MEGABYTES = 8
-"""Of text, from which the tokenizer learns."""
 SEQUENCE, BATCH = 256, 8
 SPIKE_FACTOR = 4
 FEWEST_STEPS = 4
@@ -58,8 +52,6 @@ MODEL = f"""
 """.split()
 MARKER = ".geoscale-demo"
 """Says that a directory is the demo's, so that it may delete there; locked while it runs."""
-PATIENCE = 10
-"""Seconds that a stopped child has to go by itself."""
 TAIL_LINES = 20
 """Of a failed launch's output, which are shown."""
 VERDICT = "failed (exitcode:"
@@ -99,69 +91,6 @@ def claim(output: Path) -> Iterator[None]:
             raise ValueError(f"--output {output} is in use by another demo") from None
         os.set_inheritable(file.fileno(), True)  # children of a demo that was killed hold the lock until they end
         yield
-
-
-def environment() -> dict[str, str]:
-    """Of every child: two processes on two cores, that find each other without the host's name."""
-    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    defaults = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} | ({"GLOO_SOCKET_IFNAME": loopback} if loopback else {})
-    return {**defaults, **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-@contextmanager
-def child(command: Sequence[str | Path], log: IO[str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process that neither outlives the block nor leaves its own children behind, whatever ends the block."""
-    # In a session of its own, so that Ctrl-C reaches it once, from here, and its ranks are stopped in order.
-    process = subprocess.Popen(
-        command, stdout=log, stderr=log, env=environment(), start_new_session=True, close_fds=False
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)  # nothing interrupts this; the program is about to end
-            family = psutil.Process(process.pid).children(recursive=True)
-            process.terminate()
-            _, left = psutil.wait_procs([psutil.Process(process.pid), *family], timeout=PATIENCE)
-            for survivor in left:
-                survivor.kill()
-            psutil.wait_procs(left, timeout=PATIENCE)
-
-
-def run_tool(name: str, *flags: object) -> None:
-    """Run a tool of this directory, which reports its progress and its mistakes itself."""
-    with child([sys.executable, TOOLS / name, *map(str, flags)]) as process:
-        if process.wait() != 0:
-            raise SystemExit(f"demo.py: {name} failed with exit code {process.returncode}")
-
-
-def prepare_data(data: Path, inputs: Sequence[str | Path]) -> None:
-    """Tokenizer and tokenized text under `data`, made unless they are there, whole and of these settings and files."""
-    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in collect_files(inputs)]
-    settings = {
-        "vocab_size": VOCAB_SIZE,
-        "sample_megabytes": SAMPLE_MEGABYTES,
-        "input": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
-    }
-    stamp, model, prefix = data / "settings.json", data / "tokenizer.model", data / "corpus"
-    products = [model, *(Path(f"{prefix}_text_document{end}") for end in (".bin", ".idx"))]
-    if stamp.is_file() and stamp.read_bytes() == _stamp(settings, products):
-        print(f"reusing tokenizer and data of {data}", file=sys.stderr)
-        return
-    if data.exists():
-        shutil.rmtree(data)  # with the cache, which megatron-core keys by path and not by content
-    run_tool("train_tokenizer.py", "--input", *inputs, "--vocab-size", VOCAB_SIZE, "--sample-megabytes",
-             SAMPLE_MEGABYTES, "--output", model)
-    run_tool("preprocess_data.py", "--input", *inputs, "--tokenizer-type", "SentencePieceTokenizer",
-             "--tokenizer-model", model, "--append-eod", "--workers", 2, "--output-prefix", prefix)
-    write_atomically(stamp, _stamp(settings, products))
-
-
-def _stamp(settings: dict[str, Any], products: Sequence[Path]) -> bytes:
-    """What is true of products, whole or not, that were made with these settings."""
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None for path in products]
-    return json.dumps({**settings, "sha256": digests}, indent=2).encode()
 
 
 class Progress:

@@ -59,4 +59,5 @@ def attach_scaling(
             layer.core_attention.scaler = scaling.layer(layer.number - 1)
     for layer in layers:
         layer.core_attention.fp8_logits = config.logits_dtype == "fp8"
+        layer.core_attention.overflow = config.overflow
     return scaling

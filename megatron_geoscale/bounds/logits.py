@@ -12,21 +12,36 @@ from megatron_geoscale.bounds.rotary import (
     pair_vector_norms,
     partial_bound,
     rotary_pairs,
+    split_bound,
 )
 from megatron_geoscale.spectral.gram import GRAM_ROUNDING, certified_norm_of_grams, per_query_head, trace
 from megatron_geoscale.spectral.moments import Moments
 
 
 def certified_logit_bound(
-    moments: Moments, *, softmax_scale: float, rotary_dim: int, interleaved: bool = False, input_norm: float
+    moments: Moments,
+    *,
+    softmax_scale: float,
+    rotary_dim: int,
+    interleaved: bool = False,
+    input_norm: float,
+    split_keys: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(sigma_bound, logit_bound), [n_q] float64 each: |S_ij| <= logit_bound for all inputs and positions (THEORY 3).
 
     logit_bound = c (m^2 sigma_bound + m (||A^T R b|| + ||B^T R^T a||) + |a^T R b|), m = `input_norm` (see
     `spectral.input_norm_bound`), c = `softmax_scale`, every term at its worst rotation. Without RoPE (rotary_dim 0) all
-    terms are exact. ValueError for a rotary_dim that does not fit.
+    terms are exact. split_keys: the rotated and the unrotated rows of a key have inputs of their own, each of length m
+    (multi-latent attention). ValueError for a rotary_dim that does not fit.
     """
     g_q, g_k = moments.q, moments.k
+    if split_keys:
+        r = slice(0, rotary_dim)
+        rotated = balance(g_q[:, r, r], g_k[:, r, r], rotary_dim=rotary_dim, interleaved=interleaved)
+        sigma_bound = split_bound(rotated, g_q, g_k, rotary_dim)
+        # Each bias term is a sum over rotated and unrotated rows already.
+        extra = _bias_terms(moments, rotated, rotary_dim, interleaved, input_norm)
+        return sigma_bound, softmax_scale * (input_norm**2 * sigma_bound + extra)
     balanced = balance(g_q, g_k, rotary_dim=rotary_dim, interleaved=interleaved) if rotary_dim else None
     if balanced is None:
         sigma_bound = certified_norm_of_grams(g_q, g_k)
@@ -76,7 +91,9 @@ def _bias_terms(
     if a is not None and b is not None:
         rotated = (pair_vector_norms(a, pairs) * pair_vector_norms(b, pairs)).sum(-1)
         terms = terms + rotated + (a[:, rotary_dim:] * b[:, rotary_dim:]).sum(-1).abs()
-    return terms
+        # a.b may cancel: its rounding is relative to the lengths.
+        terms = terms + GRAM_ROUNDING * torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    return terms * (1.0 + GRAM_ROUNDING)
 
 
 def _cross_term(

@@ -94,9 +94,16 @@ def partial_bound(balanced: Balance, g_q: Tensor, g_k: Tensor, rotary_dim: int) 
     """
     if rotary_dim == g_q.shape[-1]:
         return balanced.bound
-    r, u = slice(0, rotary_dim), slice(rotary_dim, None)
-    rotated = _certify(g_q[:, r, r], g_k[:, r, r], balanced.scale[:, r]).bound
-    return torch.minimum(balanced.bound, rotated + certified_norm_of_grams(g_q[:, u, u], g_k[:, u, u]))
+    r = slice(0, rotary_dim)
+    rotated = _certify(g_q[:, r, r], g_k[:, r, r], balanced.scale[:, r])
+    return torch.minimum(balanced.bound, split_bound(rotated, g_q, g_k, rotary_dim))
+
+
+def split_bound(rotated: Balance, g_q: Tensor, g_k: Tensor, rotary_dim: int) -> Tensor:
+    """The sum of `partial_bound`, from a Balance of the rotated rows alone. It is the only one of the two bounds that
+    holds where the rotated and the other rows of B have inputs of their own: no D over all rows covers both."""
+    u = slice(rotary_dim, None)
+    return rotated.bound + certified_norm_of_grams(g_q[:, u, u], g_k[:, u, u])
 
 
 def balance(g_q: Tensor, g_k: Tensor, *, rotary_dim: int, interleaved: bool) -> Balance:
@@ -161,7 +168,8 @@ def _search(g_q: Tensor, g_k: Tensor, first: Tensor, second: Tensor) -> Tensor:
         return (log_scale + exponent * (key - query)).clamp(-_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
 
     share = pool(g_q.new_ones(rows), 0).reciprocal()
-    sides = g_q.new_tensor([1.0, -1.0])[:, None, None]  # D for the queries, D^-1 for the keys
+    one = g_q.new_ones(1, 1)
+    sides = torch.stack([one, -one])  # D for the queries, D^-1 for the keys; made on the device, without a copy to it
 
     # D_c = sqrt(||B_c|| / ||A_c||), the norms of the pair's rows.
     diagonal = both(g_q.diagonal(dim1=-2, dim2=-1), g_k.diagonal(dim1=-2, dim2=-1))

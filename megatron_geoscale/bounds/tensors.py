@@ -28,18 +28,26 @@ def entry_bound(
     rotated = input_norm * pair_norms(gram, pairs)
     fixed = input_norm * (gram.diagonal(dim1=-2, dim2=-1)[:, rotary_dim:] * (1.0 + GRAM_ROUNDING)).sqrt()
     if b is not None:
-        rotated = rotated + pair_vector_norms(b, pairs)
-        fixed = fixed + b[:, rotary_dim:].abs()
+        # The factor covers the rounding of the sums and of the pairs' lengths.
+        rotated = (rotated + pair_vector_norms(b, pairs)) * (1.0 + GRAM_ROUNDING)
+        fixed = (fixed + b[:, rotary_dim:].abs()) * (1.0 + GRAM_ROUNDING)
     return torch.cat([rotated, fixed], dim=-1).amax(-1)
 
 
-def vector_norm_bound(gram: Tensor, b: Tensor | None, *, input_norm: float) -> Tensor:
+def vector_norm_bound(gram: Tensor, b: Tensor | None, *, input_norm: float, split_at: int = 0) -> Tensor:
     """Largest Euclidean norm of W xhat + b per head: m ||W||_2 + ||b||, [n] float64 (THEORY 5.1, the dP slot).
 
-    Arguments as in `entry_bound`; rotation does not change it.
+    Arguments as in `entry_bound`; rotation does not change it. split_at: the first so many rows have an input of their
+    own, so that both parts can be at their longest at once (multi-latent attention's keys).
     """
+    if split_at:
+        parts = [
+            vector_norm_bound(gram[:, rows, rows], None if b is None else b[:, rows], input_norm=input_norm)
+            for rows in (slice(0, split_at), slice(split_at, None))
+        ]
+        return torch.hypot(*parts)
     bound = input_norm * certified_gram_norm(gram)
-    return bound if b is None else bound + torch.linalg.vector_norm(b, dim=-1)
+    return bound if b is None else (bound + torch.linalg.vector_norm(b, dim=-1)) * (1.0 + GRAM_ROUNDING)
 
 
 def isotropic_input_norm(hidden_size: int, *, num_entries: int, delta: float) -> float:

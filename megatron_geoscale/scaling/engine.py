@@ -28,6 +28,7 @@ from megatron_geoscale.scaling.calibrator import Calibrator
 from megatron_geoscale.scaling.estimator import SigmaEstimator
 from megatron_geoscale.scaling.gauge import SlotGauge
 from megatron_geoscale.scaling.geometry import AttentionGeometry
+from megatron_geoscale.scaling.latent_layers import LatentLayer, latent_norm
 from megatron_geoscale.scaling.layer_bounds import bound_heads
 from megatron_geoscale.scaling.layers import AttentionLayer, find_attention_layers, refuse_unbounded
 from megatron_geoscale.scaling.slot_scales import TableScaler, scales_from_bounds
@@ -41,7 +42,9 @@ BATCH_BYTES = 256 << 20
 class GeoScaleEngine:
     """Scales for the FP8 attention of one Megatron model, predicted from its weights. Make it with `attach`."""
 
-    def __init__(self, layers: Sequence[AttentionLayer], config: GeoScaleConfig, *, device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[AttentionLayer | LatentLayer], config: GeoScaleConfig, *, device: torch.device
+    ) -> None:
         self.config = config
         self.layers = list(layers)
         num_layers = self.layers[0].config.num_layers
@@ -70,7 +73,7 @@ class GeoScaleEngine:
             raise ValueError(f"--geoscale-recipe {config.recipe} takes no scale from the weights: nothing to attach")
         layers = find_attention_layers(model_chunks)
         for layer in layers:
-            refuse_unbounded(layer)
+            refuse_unbounded(layer, config)
         engine = cls(layers, config, device=layers[0].device)
         gauges = [engine.gauge] if engine.calibrator is None else [engine.gauge, engine.calibrator.gauge]
         for layer in engine.layers:
@@ -116,9 +119,7 @@ class GeoScaleEngine:
         """Bounds and code of each layer of the batch, [layers, len(BOUNDS) + 1]."""
         read, norms, num_layers = [], [], len(batch.layers)
         for layer in batch.layers:
-            projections = layer.projections()
-            self.estimator.look(layer, projections)
-            read.append(Moments.of(projections, with_cross=self.config.recipe == "rank_aware"))
+            read.append(layer.moments(with_cross=self.config.recipe == "rank_aware", look=self.estimator.look))
             norms.append(layer.head_norms())
         moments, head_norms = Moments.cat(read), _stack_norms(norms)
         codes = guard.find_nonfinite(
@@ -128,7 +129,10 @@ class GeoScaleEngine:
             first_head=batch.layers[0].first_head,
             heads_per_group=batch.geometry.heads_per_group,
         )
-        sigma = self.estimator.sigma(batch.layers, moments)
+        if batch.geometry.latent:
+            sigma = latent_norm(moments, batch.geometry.rotary_dim)
+        else:
+            sigma = self.estimator.sigma(batch.layers, moments)
         bounds = bound_heads(
             batch.geometry, moments, sigma, head_norms, self.config, num_layers=len(self.table.bounds)
         )
@@ -180,15 +184,15 @@ class GeoScaleEngine:
 class _Batch:
     """Layers of equal geometry, which are bounded together."""
 
-    def __init__(self, layers: Sequence[AttentionLayer]) -> None:
+    def __init__(self, layers: Sequence[AttentionLayer | LatentLayer]) -> None:
         self.layers, self.geometry = list(layers), layers[0].geometry
         self.rows = torch.tensor([layer.number - 1 for layer in layers], device=layers[0].device)
         """Of the table."""
 
 
-def _batches(layers: Sequence[AttentionLayer]) -> list[_Batch]:
+def _batches(layers: Sequence[AttentionLayer | LatentLayer]) -> list[_Batch]:
     """`layers` by geometry, at most `BATCH_BYTES` of Gram matrices in each batch."""
-    by_geometry: dict[AttentionGeometry, list[AttentionLayer]] = {}
+    by_geometry: dict[AttentionGeometry, list[AttentionLayer | LatentLayer]] = {}
     for layer in layers:
         by_geometry.setdefault(layer.geometry, []).append(layer)
     batches = []

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
@@ -102,14 +103,21 @@ class SigmaEstimator:
         lagging = torch.stack([self.previous[layer.number] for layer in layers]) < (1.0 - LAG) * proven
         moved = [self._untrusted.pop(layer.number, torch.zeros_like(lag)) for layer, lag in zip(layers, lagging)]
         untrusted = lagging | torch.stack(moved)
-        for index in untrusted.any(dim=1).nonzero()[:, 0].tolist():
+        concerned = untrusted.any(dim=1)
+        if layers[0].ranks_per_group > 1:  # `projections` is a collective then: all ranks of the group, or none
+            either = concerned.int()
+            dist.all_reduce(either, op=dist.ReduceOp.MAX, group=layers[0].tp_group)
+            concerned = either > 0
+        for index, again in enumerate(concerned.tolist()):
+            if not again:
+                continue
             layer, number = layers[index], layers[index].number
             p = layer.projections()
             vectors = self._start(layer).where(lagging[index][:, None], self.vectors[number])
             sigma, vectors, _ = converge(p.q, p.k, vectors, granularity="head")
-            again = untrusted[index]
-            self.vectors[number] = vectors.where(again[:, None], self.vectors[number])
-            self.previous[number] = sigma.where(again, self.previous[number])
+            heads = untrusted[index]
+            self.vectors[number] = vectors.where(heads[:, None], self.vectors[number])
+            self.previous[number] = sigma.where(heads, self.previous[number])
 
     def _start(self, layer: AttentionLayer) -> torch.Tensor:
         heads = range(layer.first_head, layer.first_head + layer.num_local_heads) if self.per_head else None

@@ -6,6 +6,7 @@ fp8(x * scale) and read back as fp8 * (1 / scale).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,10 +22,17 @@ class FP8Format:
     name: str
     dtype: torch.dtype
     max: float
+    overflow: float
+    """The largest magnitude that does not round beyond `max`."""
+    beyond: float
+    """What it rounds to beyond: E4M3 has no infinity."""
 
 
-E4M3 = FP8Format("E4M3", torch.float8_e4m3fn, 448.0)
-E5M2 = FP8Format("E5M2", torch.float8_e5m2, 57344.0)
+# Half a step above the largest lies a tie, which goes to the even mantissa: E4M3's largest, 1.75 * 2^8, is even and
+# keeps its tie; E5M2's, 1.75 * 2^15, is odd, so its tie, 61440, is already infinity, and 2^-8 is
+# float32's step below it.
+E4M3 = FP8Format("E4M3", torch.float8_e4m3fn, 448.0, overflow=464.0, beyond=math.nan)
+E5M2 = FP8Format("E5M2", torch.float8_e5m2, 57344.0, overflow=61440.0 - 2.0**-8, beyond=math.inf)
 
 SLOT_FORMATS = {slot: E5M2 if slot in BACKWARD_SLOTS else E4M3 for slot in SLOTS}
 """Format of each slot, TE's HYBRID: E4M3 forward, E5M2 for gradients (FACTS 1)."""
@@ -87,19 +95,33 @@ def overrange(amax: torch.Tensor, scale: torch.Tensor, fmt: FP8Format) -> torch.
     return amax * scale / fmt.max
 
 
-def cast(x: torch.Tensor, scale: torch.Tensor, fmt: FP8Format) -> Cast:
+def cast(x: torch.Tensor, scale: torch.Tensor, fmt: FP8Format, *, overflow: str = "saturate") -> Cast:
     """Cast `x` to FP8 and back under `scale` (0-dim float32), counting what is lost.
 
-    Saturating, as TE's kernels are (FACTS 1), in both formats: torch's own cast to E5M2 would give infinity. Infinities
-    saturate too and are counted; a NaN stays NaN and is not counted. Rounding is to nearest, ties to even.
+    `overflow` is one of `config.OVERFLOWS`. Values beyond the largest are counted as saturated under both, infinities
+    too; a NaN stays NaN and is not counted. Rounding is to nearest, ties to even, so under `nan` a value that exceeds
+    the largest by less than half a step is still stored as the largest.
     """
     x = x.to(torch.float32)
     scaled = x * scale
     saturated = torch.count_nonzero(scaled.abs() > fmt.max)
-    stored = scaled.clamp_(-fmt.max, fmt.max).to(fmt.dtype).to(torch.float32)
+    beyond = scaled.abs() > fmt.overflow if overflow == "nan" else None
+    stored = _decoded(scaled.clamp_(-fmt.max, fmt.max).to(fmt.dtype))
+    if beyond is not None:
+        stored = torch.where(beyond, torch.copysign(torch.full_like(stored, fmt.beyond), stored), stored)
     # Rounding makes zeros of non-zeros and never the reverse, so the difference is the exact count.
     flushed = torch.count_nonzero(x) - torch.count_nonzero(stored)
     return Cast(stored.mul_(scale.reciprocal()), max_abs(x), saturated, flushed)
+
+
+_E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+
+
+def _decoded(codes: torch.Tensor) -> torch.Tensor:
+    """FP8 numbers as float32. On a CPU torch decodes E4M3 more slowly than the numbers are found in a table."""
+    if codes.dtype != torch.float8_e4m3fn or codes.device.type != "cpu":
+        return codes.to(torch.float32)
+    return _E4M3_VALUES.index_select(0, codes.view(torch.uint8).flatten().int()).view(codes.shape)
 
 
 def signal_and_noise(reference: torch.Tensor, approximation: torch.Tensor) -> Powers:

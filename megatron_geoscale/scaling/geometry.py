@@ -18,6 +18,7 @@ class AttentionGeometry:
     num_groups: int
     """Key and value heads."""
     head_dim: int
+    """Of queries and keys; `value_dim` of values, where it is another."""
     softmax_scale: float
     """What q.k is multiplied by before it is stored; see `logit_multiplier`."""
     max_sequence_length: int
@@ -34,6 +35,10 @@ class AttentionGeometry:
     """Of the arithmetic that makes Q, K and V."""
     fp8_projection: bool = False
     """Whether the matrix product that makes Q, K and V casts its inputs and weights to FP8 itself."""
+    latent: bool = False
+    """Multi-latent attention (THEORY 3): the first `rotary_dim` rows of a key have another input than the others, and
+    `hidden_size` is the longest input of a projection. The radius of each input is part of its projection."""
+    value_dim: int | None = None
 
     @property
     def heads_per_group(self) -> int:
@@ -43,4 +48,9 @@ class AttentionGeometry:
     @property
     def input_norm(self) -> float:
         """Radius of the inputs of the folded projections."""
-        return input_norm_bound(self.hidden_size)
+        return 1.0 if self.latent else input_norm_bound(self.hidden_size)
+
+    @property
+    def widest_vector(self) -> int:
+        """Entries of the longest of a query, a key and a value."""
+        return max(self.head_dim, self.value_dim or 0)

@@ -43,7 +43,10 @@ def bound_heads(
     num_tokens = num_layers * geometry.num_heads * geometry.max_sequence_length
     num_pairs = num_tokens * geometry.max_sequence_length
     shape, delta = (geometry.hidden_size, geometry.head_dim), config.failure_probability
-    if config.recipe == "paper":
+    # Alpha is about normalised tokens, which the norms of the latents hide: their bounds are certified by any recipe.
+    recipe = "certified" if geometry.latent else config.recipe
+    split_at = geometry.rotary_dim if geometry.latent else 0
+    if recipe == "paper":
         entry_norm = isotropic_input_norm(
             geometry.hidden_size, num_entries=3 * num_tokens * geometry.head_dim, delta=delta
         )
@@ -52,9 +55,9 @@ def bound_heads(
         logit_bound = isotropic_logit_bound(sigma, moments, alpha=rank_aware, **constants, **rotary)
         logit_worst = isotropic_logit_bound(sigma, moments, alpha=1.0, **constants, **rotary)
     else:
-        sigma_bound, logit_worst = certified_logit_bound(moments, **constants, **rotary)
+        sigma_bound, logit_worst = certified_logit_bound(moments, split_keys=geometry.latent, **constants, **rotary)
         logit_bound = logit_worst
-    if config.recipe == "rank_aware":
+    if recipe == "rank_aware":
         isotropic = isotropic_constants(*shape, num_pairs=num_pairs, num_tokens=num_tokens, delta=delta)
         entry_norm, length_norm = isotropic.entry_norm, isotropic.length_norm
         logit_bound = rank_aware_logit_bound(
@@ -74,7 +77,7 @@ def bound_heads(
         "amax_k": entry_bound(m.k, m.k_bias, input_norm=entry_norm, **rotary),
         "amax_v": entry_bound(m.v, m.v_bias, input_norm=entry_norm, rotary_dim=0),
         "query_norm": vector_norm_bound(m.q, m.q_bias, input_norm=length_norm),
-        "key_norm": vector_norm_bound(m.k, m.k_bias, input_norm=length_norm),
+        "key_norm": vector_norm_bound(m.k, m.k_bias, input_norm=length_norm, split_at=split_at),
         "value_norm": vector_norm_bound(m.v, m.v_bias, input_norm=length_norm),
         "offset_size": m.offset_size,
         "softmax_scale": torch.full_like(m.offset_size, geometry.softmax_scale),

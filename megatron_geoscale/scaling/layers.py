@@ -6,25 +6,31 @@ the bounds do not cover yet is refused here by its flag, when the engine attache
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
-from megatron.core.fp8_utils import is_float8tensor
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 
 from megatron_geoscale.bounds.qk_norm import HeadNorm
+from megatron_geoscale.config import GeoScaleConfig
+from megatron_geoscale.scaling.folding import drop_output_gates, effective_gain, fold_attention, fold_head_norm
 from megatron_geoscale.scaling.geometry import AttentionGeometry
-from megatron_geoscale.spectral.projections import Projections, fold_norm, offset_size, scale_rotated, split_linear_qkv
+from megatron_geoscale.scaling.latent_layers import LatentLayer
+from megatron_geoscale.scaling.weights import as_used, holds_norm, norm_constants
+from megatron_geoscale.spectral.moments import Moments
+from megatron_geoscale.spectral.projections import Projections, split_linear_qkv
 
-ROTARY_KINDS = {"rope": True, "learned_absolute": False, "none": False}
+ROTARY_KINDS = {"rope": True, "yarn": True, "learned_absolute": False, "none": False}
 
 
 @dataclass(frozen=True)
@@ -123,17 +129,13 @@ class AttentionLayer:
 
         A collective over tensor parallelism where `ranks_per_group` is above 1: all ranks of the group must call it.
         """
-        linear, norm = self.attention.linear_qkv, self.norm
-        fused = norm is linear
-        gain = getattr(norm, "layer_norm_weight" if fused else "weight").double()
-        shift = getattr(norm, "layer_norm_bias" if fused else "bias", None)
-        if self.config.layernorm_zero_centered_gamma:
-            gain = gain + 1.0
+        linear = self.attention.linear_qkv
+        gain, shift = norm_constants(self.norm, zero_centered=self.config.layernorm_zero_centered_gamma)
         bias = getattr(linear, "bias", None)
         if bias is not None and bias.numel() == 0:  # TE keeps an empty tensor where there is no bias
             bias = None
         w_q, b_q, w_k, b_k, w_v, b_v = split_linear_qkv(
-            self._rows_of_groups(_as_used(linear.weight)),
+            self._rows_of_groups(as_used(linear.weight)),
             None if bias is None else self._rows_of_groups(bias),
             num_groups=self.attention.num_query_groups_per_partition,
             heads_per_group=self.heads_per_group,
@@ -143,13 +145,15 @@ class AttentionLayer:
             first = self.first_head % self.heads_per_group
             mine = slice(first, first + self.num_local_heads)
             w_q, b_q = w_q[mine], None if b_q is None else b_q[mine]
-        folded, sizes = [], []
-        for weight, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v)):
-            folded += fold_norm(weight, b, gain=gain, shift=shift)
-            if shift is not None or b is not None:
-                sizes.append(offset_size(weight, b, shift=shift))
-        p = Projections(*folded, offset_size=torch.stack(sizes).amax() if sizes else None)
-        return p if self.rotary_scale == 1.0 else scale_rotated(p, self.geometry.rotary_dim, self.rotary_scale)
+        rotary_dim = 0 if self.rotary_scale == 1.0 else self.geometry.rotary_dim
+        heads = {"query": (w_q, b_q), "key": (w_k, b_k), "value": (w_v, b_v)}
+        return fold_attention(**heads, gain=gain, shift=shift, rotary_dim=rotary_dim, rotary_scale=self.rotary_scale)
+
+    def moments(self, *, with_cross: bool, look: Callable[[AttentionLayer, Projections], None]) -> Moments:
+        """Of `projections`, which `look` is shown before they are dropped. A collective where `projections` is one."""
+        projections = self.projections()
+        look(self, projections)
+        return Moments.of(projections, with_cross=with_cross)
 
     def _rows_of_groups(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of this rank's query groups, output gates left out, from its shard of `linear_qkv`'s weight or bias.
@@ -161,10 +165,8 @@ class AttentionLayer:
             whole = rows.new_empty((ranks * rows.shape[0], *rows.shape[1:]))
             dist.all_gather_into_tensor(whole, rows.detach().contiguous(), group=self.tp_group)
             rows = whole.chunk(self.config.num_query_groups)[self.tp_group.rank() // self.ranks_per_group]
-        if getattr(self.config, "attention_output_gate", False):  # [queries, their gates, key, value] of each group
-            n = self.heads_per_group
-            grouped = rows.unflatten(0, (-1, 2 * n + 2, self.head_dim))
-            rows = torch.cat([grouped[:, :n], grouped[:, 2 * n :]], dim=1).flatten(0, 2)
+        if getattr(self.config, "attention_output_gate", False):
+            rows = drop_output_gates(rows, heads_per_group=self.heads_per_group, head_dim=self.head_dim)
         return rows
 
     @torch.no_grad()
@@ -180,20 +182,47 @@ class AttentionLayer:
         if weight is None:  # L2Norm
             gain = torch.ones(self.head_dim, dtype=torch.float64, device=self.device)
         else:
-            gain = weight.double() + (1.0 if self.config.layernorm_zero_centered_gamma else 0.0)
-        factor = torch.ones_like(gain)
-        factor[: self.geometry.rotary_dim] = self.rotary_scale
-        return HeadNorm(gain * factor, None if bias is None else bias.double() * factor)
+            gain = effective_gain(weight, zero_centered=self.config.layernorm_zero_centered_gamma)
+        return fold_head_norm(gain, bias, rotary_dim=self.geometry.rotary_dim, rotary_scale=self.rotary_scale)
+
+    def projection_tensors(self) -> list[torch.Tensor]:
+        """This rank's weights and biases that Q, K and V are proportional to."""
+        linear = self.attention.linear_qkv
+        return [linear.weight] + ([] if getattr(linear, "bias", None) is None else [linear.bias])
+
+    def last_key_row(self) -> torch.Tensor:
+        """The first row, as far as this rank holds it, of its last key's weight: [hidden size]."""
+        weight = self.attention.linear_qkv.weight
+        # The last group's key lies before its value; where ranks share the group it may begin on an earlier one.
+        return weight[max(0, weight.shape[0] - 2 * self.head_dim)]
+
+    def obstacles(self) -> list[tuple[bool, str]]:
+        """What would leave the layer without a bound, and whether it is there."""
+        config, position = self.config, self.position_embedding_type
+        head_norms = [norm for norm in _head_norm_modules(self.attention) if norm is not None]
+        return [
+            (
+                not isinstance(self.attention, SelfAttention),
+                f"{type(self.attention).__name__} as self attention",
+            ),
+            (config.multi_latent_attention, "--multi-latent-attention with another self attention than Megatron's"),
+            (len(head_norms) == 1, "a norm of the queries or the keys alone"),
+            (
+                not all(_is_norm_of_a_head(norm, self.head_dim) for norm in head_norms),
+                "a norm of queries and keys that is not one of a head's entries",
+            ),
+            (position not in ROTARY_KINDS, f"--position-embedding-type {position}"),
+        ]
 
 
 def find_attention_layers(
     model_chunks: Sequence[torch.nn.Module], *, takes_scales: bool = True
-) -> list[AttentionLayer]:
+) -> list[AttentionLayer | LatentLayer]:
     """Every self-attention layer of `model_chunks` (wrapped in DDP and Float16Module or not), in layer order.
 
     takes_scales: only those whose core attention takes FP8 scales. Raises ValueError where there is none.
     """
-    layers: list[AttentionLayer] = []
+    layers: list[AttentionLayer | LatentLayer] = []
     for chunk in model_chunks:
         model = unwrap_model(chunk)
         layers += [_describe(model, layer) for layer in _transformer_layers(model, takes_scales)]
@@ -213,22 +242,25 @@ def _transformer_layers(model: torch.nn.Module, takes_scales: bool) -> Iterator[
                 yield module
 
 
-def _describe(model: torch.nn.Module, layer: TransformerLayer) -> AttentionLayer:
-    linear = getattr(layer.self_attention, "linear_qkv", None)
-    fused = getattr(linear, "layer_norm_weight", None) is not None
+def _describe(model: torch.nn.Module, layer: TransformerLayer) -> AttentionLayer | LatentLayer:
+    attention, number, length = layer.self_attention, layer.layer_number, model.max_sequence_length
+    if isinstance(attention, MLASelfAttention):
+        return LatentLayer(number, attention, layer.input_layernorm, length)
+    config, linear = attention.config, getattr(attention, "linear_qkv", None)
+    position = getattr(model, "position_embedding_type", "none")
+    if config.no_rope_freq and config.no_rope_freq[number - 1]:
+        position = "none"
+    rotary_percent = 1.0 if position == "yarn" else getattr(model, "rotary_percent", 1.0)  # YaRN rotates all rows
     return AttentionLayer(
-        number=layer.layer_number,
-        attention=layer.self_attention,
-        norm=linear if fused else layer.input_layernorm,
-        position_embedding_type=getattr(model, "position_embedding_type", "none"),
-        rotary_percent=getattr(model, "rotary_percent", 1.0),
-        max_sequence_length=model.max_sequence_length,
+        number=number,
+        attention=attention,
+        norm=linear if holds_norm(linear) else layer.input_layernorm,
+        position_embedding_type=position,
+        rotary_percent=rotary_percent,
+        max_sequence_length=length,
+        # megatron-core applies it to whatever is rotated, by what the config says.
+        rotary_scale=_yarn_get_concentration_factor_from_config(config) if ROTARY_KINDS.get(position) else 1.0,
     )
-
-
-def _as_used(weight: torch.Tensor) -> torch.Tensor:
-    """FP8 primary weights as the values that the matrix product takes them for; other weights as they are."""
-    return weight.dequantize() if is_float8tensor(weight) else weight
 
 
 def _head_norm_modules(attention: torch.nn.Module) -> list[torch.nn.Module | None]:
@@ -242,25 +274,20 @@ def _is_norm_of_a_head(module: torch.nn.Module, head_dim: int) -> bool:
     return isinstance(module, L2Norm) if weight is None else tuple(weight.shape) == (head_dim,)
 
 
-def refuse_unbounded(layer: AttentionLayer) -> None:
-    """Raise ValueError, in one sentence naming layer and flag, where the bounds do not cover `layer`."""
-    config, position = layer.config, layer.position_embedding_type
-    head_norms = [norm for norm in _head_norm_modules(layer.attention) if norm is not None]
+def refuse_unbounded(layer: AttentionLayer | LatentLayer, config: GeoScaleConfig) -> None:
+    """Raise ValueError, in one sentence naming layer and flag, where the bounds do not cover `layer` under `config`."""
+    unnormalised = isinstance(layer.norm, IdentityOp) or layer.config.normalization not in ("LayerNorm", "RMSNorm")
     for unsupported, what in (
-        (config.multi_latent_attention, "--multi-latent-attention"),
-        (not isinstance(layer.attention, SelfAttention), f"{type(layer.attention).__name__} as self attention"),
-        (len(head_norms) == 1, "a norm of the queries or the keys alone"),
-        (
-            not all(_is_norm_of_a_head(norm, layer.head_dim) for norm in head_norms),
-            "a norm of queries and keys that is not one of a head's entries",
-        ),
-        (config.apply_query_key_layer_scaling, "--apply-query-key-layer-scaling"),
-        (position not in ROTARY_KINDS, f"--position-embedding-type {position}"),
-        (
-            isinstance(layer.norm, IdentityOp) or config.normalization not in ("LayerNorm", "RMSNorm"),
-            "attention whose input is not normalised by LayerNorm or RMSNorm",
-        ),
+        *layer.obstacles(),
+        (unnormalised, "attention whose input is not normalised by LayerNorm or RMSNorm"),
     ):
         if unsupported:
             raise ValueError(f"layer {layer.number}: {what} has no certified bound yet, so --geoscale-recipe must be "
                              "delayed, current or none")
+    if isinstance(layer, LatentLayer):
+        for flag, value, other in (
+            ("--geoscale-estimator", config.estimator, "gram"), ("--geoscale-granularity", config.granularity, "head")
+        ):
+            if value != other:
+                raise ValueError(f"layer {layer.number}: {flag} {value} is not for --multi-latent-attention, whose "
+                                 f"heads have no query-key matrix of one input: use {flag} {other}")

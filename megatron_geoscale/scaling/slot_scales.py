@@ -88,7 +88,7 @@ def _absolute_error(
     offset_error: torch.Tensor, subnormal: torch.Tensor, geometry: AttentionGeometry
 ) -> torch.Tensor:
     """What a computed and cast vector's 2-norm may be off by apart from its relative error: so much in each entry."""
-    return geometry.head_dim**0.5 * ((1.0 + E4M3_ROUNDING) * offset_error + subnormal)
+    return geometry.widest_vector**0.5 * ((1.0 + E4M3_ROUNDING) * offset_error + subnormal)
 
 
 def _offset_error(offset_size: torch.Tensor, geometry: AttentionGeometry) -> torch.Tensor:
@@ -109,7 +109,7 @@ def _norm_allowance(geometry: AttentionGeometry) -> float:
     those relative to |W| |x|, the float32 sums over d and the casts of W, whose errors add up over the d_h rows to
     ||A||_F <= sqrt(d_h) ||A||_2."""
     by_weight = 2.0 * geometry.hidden_size * FLOAT32_ROUNDOFF + (E4M3_ROUNDING if geometry.fp8_projection else 0.0)
-    return _entry_allowance(geometry) + geometry.head_dim**0.5 * by_weight
+    return _entry_allowance(geometry) + geometry.widest_vector**0.5 * by_weight
 
 
 class TableScaler:

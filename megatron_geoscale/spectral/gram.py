@@ -20,6 +20,7 @@ by at most d 2^-53 ||row|| ||row'||, so the matrix of the errors has a spectral 
 2^15 units of 2^-53: enough for a product of two Gram matrices with rows of 8192 elements in the worst case (blocked
 summation goes far beyond), and the other half for the eigenvalues. Bounds add it, estimates do not; it costs 1e-8
 relative on an ordinary head."""
+_ROWS_WORTH_BLOCKING, _BLOCK_ROWS = 80, 48
 SQUARINGS = 20
 """For an eigenvalue by squaring: the (2^20)-th power overshoots a norm of rank 128 by 128^(2^-21), 2.3e-6 of it."""
 
@@ -33,8 +34,19 @@ def gram(w: Tensor) -> Tensor:
         w.detach(), grams, strict=True
     ):  # head by head: no float64 copy of all weights, no batch-dependent kernel
         wide = head.to(torch.float64)
-        torch.mm(wide, wide.mT, out=out)
+        if w.device.type != "cpu" or w.shape[1] < _ROWS_WORTH_BLOCKING:
+            torch.mm(wide, wide.mT, out=out)
+        else:
+            _lower_blocks(wide, out)
     return grams
+
+
+def _lower_blocks(w: Tensor, out: Tensor) -> None:
+    """W W^T, the blocks above the diagonal copied from below it: 20 to 30 % faster than all of it, not on a GPU."""
+    for first in range(0, len(w), _BLOCK_ROWS):
+        stop = first + _BLOCK_ROWS
+        torch.mm(w[first:stop], w[:stop].mT, out=out[first:stop, :stop])
+        out[:first, first:stop] = out[first:stop, :first].mT
 
 
 def trace(matrices: Tensor) -> Tensor:
@@ -151,9 +163,13 @@ def _trace_powers(matrix: Tensor, rounding: float, squarings: int) -> tuple[Tens
         lower = torch.maximum(lower, (((found - doubt).clamp_min(0.0) / rank).log() + log_scale) / exponent)
         if step == squarings:
             break
+        # ||M E + E M||_F <= 2 ||M||_2 ||E||_F, and ||M||_2^2 <= ||M||_1 ||M||_inf: where all eigenvalues are alike,
+        # that is far below the Frobenius norm of 1, and without it the error would outgrow the power.
+        sums = matrix.abs()
+        norm = (sums.sum(-1).amax(-1) * sums.sum(-2).amax(-1)).sqrt().clamp(tiny, 1.0)
         matrix = matrix @ matrix
         size = torch.linalg.matrix_norm(matrix).clamp_min(tiny)
-        error = (2.0 * error + error * error + rank * 2.0**-52) / size
+        error = (2.0 * norm * error + error * error + rank * 2.0**-52) / size
         matrix, log_scale = matrix / size[:, None, None], 2.0 * log_scale + size.log()
     return lower, upper
 

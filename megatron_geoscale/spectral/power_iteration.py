@@ -90,19 +90,7 @@ def converge(
     collective waits.
     """
     layers = _Layers(w_q, w_k, state, granularity, group)
-    layers.step()
-    change = torch.full_like(layers.sigma, torch.inf)
-    active = layers.sigma > 0  # false for zero and for NaN
-    steps = 1
-    while steps < max_steps and bool(active.any()):
-        sigma, previous_change = layers.sigma, change
-        layers.step(active)
-        steps += 1
-        change = (layers.sigma - sigma) / layers.sigma
-        left = change * change / (previous_change - change)  # of a geometric series with the ratio of the last two
-        settled = (change <= tolerance) & (previous_change > change) & (left <= tolerance)
-        settled |= change <= 4 * torch.finfo(torch.float64).eps
-        active = active & ~settled & torch.isfinite(layers.sigma)
+    steps = layers.converge(tolerance, max_steps)
     return *layers.result(), steps
 
 
@@ -136,6 +124,23 @@ class _Layers:
         if active is not None:
             moved, sigma = moved & active, sigma.where(active, self.sigma)
         self.state, self.sigma = right.where(moved[..., None], self.state), sigma
+
+    def converge(self, tolerance: float, max_steps: int) -> int:
+        """Step until every sigma has settled, as the function `converge` says: the steps taken."""
+        self.step()
+        change = torch.full_like(self.sigma, torch.inf)
+        active = self.sigma > 0  # false for zero and for NaN
+        steps = 1
+        while steps < max_steps and bool(active.any()):
+            sigma, previous_change = self.sigma, change
+            self.step(active)
+            steps += 1
+            change = (self.sigma - sigma) / self.sigma
+            left = change * change / (previous_change - change)  # of a geometric series with the ratio of the last two
+            settled = (change <= tolerance) & (previous_change > change) & (left <= tolerance)
+            settled |= change <= 4 * torch.finfo(torch.float64).eps
+            active = active & ~settled & torch.isfinite(self.sigma)
+        return steps
 
     def result(self) -> tuple[Tensor, Tensor]:
         return (self.sigma, self.state) if self.stacked else (self.sigma[0], self.state[0])

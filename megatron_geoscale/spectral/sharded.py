@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_geoscale.spectral.power_iteration import Granularity, _Layers
+from megatron_geoscale.spectral.power_iteration import CONVERGENCE_TOLERANCE, MAX_STEPS, Granularity, _Layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +136,29 @@ def sharded_power_iteration(
     for _ in range(steps):
         layers.step()
     return layers.result()
+
+
+def sharded_converge(
+    shards_q: Sequence[FlatShard],
+    shards_k: Sequence[FlatShard],
+    state: Tensor,
+    *,
+    num_heads: int,
+    num_groups: int,
+    head_dim: int,
+    granularity: Granularity,
+    group: dist.ProcessGroup | None,
+    tolerance: float = CONVERGENCE_TOLERANCE,
+    max_steps: int = MAX_STEPS,
+) -> tuple[Tensor, Tensor, int]:
+    """`converge` of stacked layers from flat shards: (sigma, state, steps taken), equal on ranks (THEORY 2.1).
+
+    Arguments and collectives as in `sharded_power_iteration`, a step at a time. Every estimate is made from all-reduced
+    vectors under either granularity, so all ranks stop at the same step. ValueError for a wrong shape or granularity.
+    """
+    layers = _ShardedLayers(shards_q, shards_k, state, (num_heads, num_groups, head_dim), granularity, group)
+    steps = layers.converge(tolerance, max_steps)
+    return *layers.result(), steps
 
 
 class _ShardedLayers(_Layers):

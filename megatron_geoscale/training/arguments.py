@@ -10,10 +10,12 @@ import argparse
 import os
 from collections.abc import Sequence
 
-import torch
-
 from megatron_geoscale.config import GeoScaleConfig, add_geoscale_args, geoscale_config_from_args
+from megatron_geoscale.training.checkpoint_args import parse_with_checkpoint_args
 from megatron_geoscale.training.fault_injection import parse_fault
+from megatron_geoscale.training.model_arguments import add_model_args, check_model
+from megatron_geoscale.training.model_arguments import flag as _flag
+from megatron_geoscale.training.model_arguments import require as _require
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer", "HuggingFaceTokenizer", "NullTokenizer")
 WITHOUT_EFFECT = (
@@ -46,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    _add_model_args(parser)
+    add_model_args(parser)
     _add_training_args(parser)
     _add_learning_rate_args(parser)
     _add_checkpoint_args(parser)
@@ -60,44 +62,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--geoscale-fault-injection",
         metavar="FAULT",
         help="weight_spike:STEP:FACTOR multiplies W_Q, W_K and W_V of every layer by FACTOR before iteration STEP; "
-        "nan_weight:STEP writes one NaN into W_K of the last layer on one tensor-parallel rank",
+        "lr_spike:STEP:FACTOR multiplies the learning rate of that one update; load_weights:STEP:DIR replaces all "
+        "weights by those of a checkpoint before it; nan_weight:STEP writes one NaN into W_K of the last layer on one "
+        "tensor-parallel rank",
+    )
+    geoscale.add_argument(
+        "--geoscale-log-sqnr",
+        action="store_true",
+        help="compare the attention output of every step with uncast attention: attention_sqnr_db in the JSONL",
     )
     ignored = parser.add_argument_group("accepted from Megatron launch scripts, without effect")
     for flag in WITHOUT_EFFECT:
         ignored.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     return parser
-
-
-def _add_model_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("network size")
-    add = group.add_argument
-    add("--num-layers", type=int)
-    add("--hidden-size", type=int)
-    add("--ffn-hidden-size", type=int, help="default: 4 * hidden size, with --swiglu 8/3 of it in multiples of 64")
-    add("--num-attention-heads", type=int)
-    add("--kv-channels", type=int, help="head dim; default: hidden size / attention heads")
-    add("--group-query-attention", action="store_true")
-    add("--num-query-groups", type=int, default=1)
-    add("--max-position-embeddings", type=int)
-    add("--position-embedding-type", default="learned_absolute", choices=("learned_absolute", "rope", "none"))
-    add("--rotary-base", type=int, default=10000)
-    add("--rotary-percent", type=float, default=1.0)
-    add("--rotary-interleaved", action="store_true")
-    add("--rotary-seq-len-interpolation-factor", type=int)
-    add("--use-rope-scaling", action="store_true")
-    add("--rope-scaling-factor", type=float, default=8.0)
-    add("--make-vocab-size-divisible-by", type=int, default=128)
-    add("--normalization", default="LayerNorm", choices=("LayerNorm", "RMSNorm"))
-    add("--norm-epsilon", type=float, default=1e-5)
-    add("--apply-layernorm-1p", action="store_true", help="norm gain is 1 + weight")
-    add("--swiglu", action="store_true")
-    add("--untie-embeddings-and-output-weights", action="store_true")
-    add("--disable-bias-linear", action="store_true")
-    add("--add-qkv-bias", action="store_true")
-    add("--qk-layernorm", action="store_true")
-    add("--qk-l2-norm", action="store_true", help="L2-normalise queries and keys, without a gain")
-    add("--attention-output-gate", action="store_true")
-    add("--init-method-std", type=float, default=0.02)
 
 
 def _add_training_args(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +103,7 @@ def _add_training_args(parser: argparse.ArgumentParser) -> None:
     add("--recompute-granularity", choices=("full", "selective"))
     add("--recompute-method", choices=("uniform", "block"))
     add("--recompute-num-layers", type=int)
+    add("--no-check-for-nan-in-loss-and-grad", action="store_true", help="go on with gradients that are not finite")
     add("--eval-iters", type=int, default=100)
     add("--eval-interval", type=int, default=1000)
 
@@ -158,6 +136,10 @@ def _add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
     add("--no-save-optim", action="store_true")
     add("--no-save-rng", action="store_true")
     add("--exit-on-missing-checkpoint", action="store_true")
+    add("--use-checkpoint-args", action="store_true", help="take the model's flags, the tokenizer and the sequence "
+        "length from the checkpoint in --load")
+    add("--no-use-tokenizer-model-from-checkpoint-args", action="store_false",
+        dest="use_tokenizer_model_from_checkpoint_args", help="with it, take --tokenizer-model from here")
 
 
 def _add_distributed_args(parser: argparse.ArgumentParser) -> None:
@@ -208,25 +190,19 @@ def _add_logging_args(parser: argparse.ArgumentParser) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags; derived values are filled in. Raises ValueError naming the flag."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.use_checkpoint_args:
+        args = parse_with_checkpoint_args(parser, argv)
     args.geoscale = geoscale_config_from_args(args)
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     _check_required(args)
-    _check_model(args)
+    check_model(args)
     _check_parallel(args)
     _check_training(args)
     _check_data(args)
     _check_geoscale(args)
     return args
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _check_required(args: argparse.Namespace) -> None:
@@ -239,36 +215,6 @@ def _check_required(args: argparse.Namespace) -> None:
                  "eval_interval", "make_vocab_size_divisible_by", "num_layers_per_virtual_pipeline_stage"):
         value = getattr(args, name)
         _require(value is None or value > 0, f"{_flag(name)} must be positive, not {value}")
-
-
-def _check_model(args: argparse.Namespace) -> None:
-    heads, groups = args.num_attention_heads, args.num_query_groups
-    if args.kv_channels is None:
-        _require(
-            args.hidden_size % heads == 0,
-            f"--hidden-size {args.hidden_size} is not divisible by --num-attention-heads {heads}; "
-            "give --kv-channels to set the head dim apart",
-        )
-        args.kv_channels = args.hidden_size // heads
-    if not args.group_query_attention:
-        args.num_query_groups = groups = heads
-    _require(heads % groups == 0, f"--num-attention-heads {heads} is not divisible by --num-query-groups {groups}")
-    if args.ffn_hidden_size is None:
-        args.ffn_hidden_size = int(4 * args.hidden_size * 2 / 3 / 64) * 64 if args.swiglu else 4 * args.hidden_size
-        _require(args.ffn_hidden_size > 0, "--ffn-hidden-size is required at so small a --hidden-size with --swiglu")
-    if args.max_position_embeddings is None:
-        args.max_position_embeddings = args.seq_length
-    _require(
-        args.seq_length <= args.max_position_embeddings,
-        f"--seq-length {args.seq_length} exceeds --max-position-embeddings {args.max_position_embeddings}",
-    )
-    _require(
-        args.position_embedding_type != "rope" or args.kv_channels % 2 == 0,
-        f"RoPE rotates pairs: --kv-channels {args.kv_channels} must be even",
-    )
-    _require(0.0 < args.rotary_percent <= 1.0, f"--rotary-percent must lie in (0, 1], not {args.rotary_percent}")
-    _require(not (args.bf16 and args.fp16), "--bf16 and --fp16 exclude each other")
-    args.params_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
 def _check_parallel(args: argparse.Namespace) -> None:

@@ -29,9 +29,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_geoscale.checkpoints.torch_dist import TRACKER
 from megatron_geoscale.scaling.engine import GeoScaleEngine
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
@@ -52,10 +52,20 @@ _SHAPE_FLAGS = (
     "qk_layernorm",
     "qk_l2_norm",
     "attention_output_gate",
+    "softmax_type",
+    "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "apply_layernorm_1p",
     "untie_embeddings_and_output_weights",
     "padded_vocab_size",
 )
 """What a checkpoint and the model that loads it must agree on."""
+_ROTARY_FLAGS = ("rotary_percent", "rotary_interleaved", "rotary_base")
+"""The same, where queries and keys are rotated."""
 
 
 @dataclass
@@ -73,8 +83,9 @@ class Run:
 
     args: argparse.Namespace
     chunks: list[torch.nn.Module]
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+    optimizer: MegatronOptimizer | None
+    """None, like the scheduler, where a model is only evaluated."""
+    scheduler: OptimizerParamScheduler | None
     scaling: Any
     """GeoScaleEngine, a baseline, or None under recipe `none`."""
     state: TrainState
@@ -217,8 +228,14 @@ def load_checkpoint(run: Run) -> Path | None:
         unwrap_model(chunk).load_state_dict(loaded[key])
     if with_optimizer:
         run.optimizer.load_state_dict(loaded["optimizer"])
-        run.scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    else:
+        try:
+            run.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        except AssertionError as error:  # megatron-core's, about a value that the flags and the checkpoint give
+            raise ValueError(
+                f"{directory} was saved under another learning-rate schedule ({str(error).split(': ')[-1]}): give its "
+                "flags, --use-checkpoint-opt_param-scheduler or --override-opt_param-scheduler"
+            ) from error
+    elif run.optimizer is not None:
         run.optimizer.reload_model_params()
     if not args.finetune:
         run.state = TrainState(**loaded["train_state"])
@@ -229,9 +246,27 @@ def load_checkpoint(run: Run) -> Path | None:
     return directory
 
 
+def load_weights(run: Run, directory: str) -> None:
+    """Replace the model's weights by those of the latest checkpoint in `directory`, and nothing else: optimizer, data,
+    RNG and scaling state stay as they are. Collective over the whole job. Raises ValueError as `load_checkpoint`."""
+    iteration = latest_iteration(directory)
+    if iteration is None:
+        raise ValueError(f"{directory} holds no checkpoint: {TRACKER} is not there")
+    source = iteration_directory(directory, iteration)
+    _check_shape(run.args, _common_state(source)["args"], source)
+    models = [(key, unwrap_model(chunk)) for key, chunk in _named_chunks(run.chunks)]
+    template = {key: model.sharded_state_dict(metadata=dict(_METADATA)) for key, model in models}
+    with _reading(source):
+        loaded = dist_checkpointing.load(template, str(source))
+    for key, model in models:
+        model.load_state_dict(loaded[key])
+    run.optimizer.reload_model_params()
+
+
 def _check_shape(args: argparse.Namespace, saved: argparse.Namespace, directory: Path) -> None:
-    learned = ("max_position_embeddings",) if args.position_embedding_type == "learned_absolute" else ()
-    for name in (*_SHAPE_FLAGS, *learned):
+    by_position = {"learned_absolute": ("max_position_embeddings",), "none": ()}
+    position = by_position.get(args.position_embedding_type, _ROTARY_FLAGS)
+    for name in (*_SHAPE_FLAGS, *position):
         ours = getattr(args, name)
         theirs = getattr(saved, name, ours)  # a flag that did not exist when it was saved changed nothing then
         if ours != theirs:
@@ -257,9 +292,8 @@ def _sharded_state(run: Run, *, loading: bool = False, optimizer: bool = True, r
         state["rng_state"] = _rng_state()
     if isinstance(run.scaling, GeoScaleEngine):
         state["geoscale"] = run.scaling.sharded_state_dict()
-    state["args"] = argparse.Namespace(
-        **{name: value for name, value in vars(args).items() if isinstance(value, str | int | float | bool | None)}
-    )
+    kept = str | int | float | bool | tuple | None
+    state["args"] = argparse.Namespace(**{name: value for name, value in vars(args).items() if isinstance(value, kept)})
     state["train_state"] = vars(run.state).copy()
     return state
 

@@ -21,14 +21,15 @@ from megatron.core.num_microbatches_calculator import (
     get_num_microbatches,
     update_num_microbatches,
 )
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_geoscale.attention.baselines import DelayedScaling
 from megatron_geoscale.scaling.engine import GeoScaleEngine
 from megatron_geoscale.scaling.layers import find_attention_layers
-from megatron_geoscale.training.checkpointing import Run, save_checkpoint
+from megatron_geoscale.training.checkpointing import Run, load_weights, save_checkpoint
 from megatron_geoscale.training.data import build_iterator, get_batch
-from megatron_geoscale.training.fault_injection import inject
+from megatron_geoscale.training.fault_injection import Fault, inject
 from megatron_geoscale.training.monitor import Monitor, StepReport, print_from_reporter
 
 
@@ -87,6 +88,12 @@ def _run_schedule(run: Run, iterators: Any, *, forward_only: bool) -> torch.Tens
     return mean / parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
 
+def _scale_learning_rate(optimizer: MegatronOptimizer, factor: float) -> None:
+    if factor != 1.0:
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+
+
 class Trainer:
     """Runs `train` to the end, or to a reason to stop."""
 
@@ -138,23 +145,24 @@ class Trainer:
         run.state.iteration += 1
         fault = self.args.fault
         faulty = fault is not None and fault.step == self.state.iteration
-        if faulty:
-            self._gather_params()
-            layers = find_attention_layers(run.chunks, takes_scales=run.scaling is not None)
-            inject(fault, layers, self.args.num_layers, run.optimizer)
-            self._applied_since_refresh = self.args.geoscale.refresh_interval
+        if faulty and fault.kind != "lr_spike":
+            self._inject(fault)
         for chunk in run.chunks:
             chunk.zero_grad_buffer()
             chunk.train()
         run.optimizer.zero_grad()
         refresh_ms = self._refresh()
-        self._monitor.measure_sqnr(faulty)
+        with_sqnr = faulty or self.args.geoscale_log_sqnr
+        self._monitor.measure_sqnr(with_sqnr)
         if isinstance(run.scaling, GeoScaleEngine):
             run.scaling.begin_step()
 
         loss = _run_schedule(run, self._iterators, forward_only=False)
         self._check_finite()
+        factor = fault.factor if faulty and fault.kind == "lr_spike" else 1.0
+        _scale_learning_rate(run.optimizer, factor)
         applied, grad_norm, _ = run.optimizer.step()
+        _scale_learning_rate(run.optimizer, 1.0 / factor)
         batch = get_current_global_batch_size()
         if applied:
             run.scheduler.step(increment=batch)
@@ -172,7 +180,7 @@ class Trainer:
             refresh_ms=refresh_ms,
             batch_size=batch,
             skipped=not applied,
-            measured_sqnr=faulty,
+            measured_sqnr=with_sqnr,
         )
         self._monitor.report(report)
         if isinstance(run.scaling, DelayedScaling):
@@ -182,6 +190,17 @@ class Trainer:
             if report.iteration % self.args.log_interval == 0 or report.iteration == self.args.train_iters:
                 for sentence in run.scaling.news():
                     print_from_reporter(sentence)
+
+    def _inject(self, fault: Fault) -> None:
+        """A sudden change of the weights before this step's forward."""
+        run = self.run
+        self._gather_params()
+        if fault.kind == "load_weights":
+            load_weights(run, fault.directory)
+        else:
+            layers = find_attention_layers(run.chunks, takes_scales=run.scaling is not None)
+            inject(fault, layers, self.args.num_layers, run.optimizer)
+        self._applied_since_refresh = self.args.geoscale.refresh_interval
 
     def _refresh(self) -> float:
         """Make the scale table agree with the weights if they have changed; milliseconds it took."""

@@ -24,6 +24,8 @@ USER_ERROR = 2
 """Exit status after a mistake of the user's: a flag, a file, weights that are not finite."""
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What gloo's errors say when the process at the other end has gone."""
+_BAD_GRADIENT = "in local grad norm"
+"""In megatron-core's error about gradients that are NaN or infinite."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_mistake(error)
         _leave(USER_ERROR)
     except RuntimeError as error:
+        if _BAD_GRADIENT in str(error):
+            _print_mistake(error, f"rank {os.environ['RANK']}: the gradients are not finite, training has diverged; "
+                                  "--no-check-for-nan-in-loss-and-grad goes on all the same")
+            _leave(1)
         if not any(sign in str(error) for sign in _LOST_PEER):
             raise
         # The rank that went has said why: a traceback from here would bury it.

@@ -18,11 +18,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from megatron_geoscale import cpu
 from megatron_geoscale.attention.spec import use_emulated_attention
+from megatron_geoscale.training.latent_attention import use_local_latent_attention
 from megatron_geoscale.training.norm import use_torch_norm
 
 
@@ -45,6 +46,10 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         "qk_layernorm": args.qk_layernorm,
         "attention_output_gate": args.attention_output_gate,
         "rotary_interleaved": args.rotary_interleaved,
+        "window_size": args.window_size,
+        "window_attn_skip_freq": args.window_attn_skip_freq,
+        "softmax_type": args.softmax_type,
+        "apply_query_key_layer_scaling": args.apply_query_key_layer_scaling,
         "attention_dropout": args.attention_dropout,
         "hidden_dropout": args.hidden_dropout,
         "attention_softmax_in_fp32": True,
@@ -71,7 +76,17 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
     }
     if args.virtual_pipeline_model_parallel_size and not torch.cuda.is_available():
         fields.update(cpu.CPU_PIPELINE_FIELDS)
-    return TransformerConfig(**fields)
+    if args.multi_latent_attention:
+        names = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type",
+                 "rotary_base", "rotary_percent", "rotary_scaling_factor", "mscale", "mscale_all_dim")
+        return MLATransformerConfig(**fields, **{name: getattr(args, name) for name in names}, apply_rope_fusion=False)
+    config = TransformerConfig(**fields)
+    if args.position_embedding_type == "yarn":  # the config that megatron-core reads them from has no fields for them
+        for name in ("rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+                     "mscale_all_dim"):
+            setattr(config, f"yarn_{name}", getattr(args, f"yarn_{name}"))
+        config.yarn_correction_range_round_to_int = True
+    return config
 
 
 def ddp_config(args: argparse.Namespace) -> DistributedDataParallelConfig:
@@ -81,7 +96,8 @@ def ddp_config(args: argparse.Namespace) -> DistributedDataParallelConfig:
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
         use_distributed_optimizer=args.use_distributed_optimizer,
-        check_for_nan_in_grad=not args.fp16,  # there they tell the loss scaler to skip the step
+        # Under fp16 they tell the loss scaler to skip the step.
+        check_for_nan_in_grad=not args.fp16 and not args.no_check_for_nan_in_loss_and_grad,
     )
 
 
@@ -106,6 +122,8 @@ def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:
         )
         if args.geoscale.recipe != "none":
             use_emulated_attention(spec)
+        if args.multi_latent_attention:
+            use_local_latent_attention(spec)
         model: torch.nn.Module = GPTModel(
             config=config,
             transformer_layer_spec=spec,

@@ -177,11 +177,13 @@ class Monitor:
             local[module.layer_number - 1] = 1.0
         scales = torch.zeros_like(gauge.amax) if scaling.scales is None else scaling.scales * local
         counts = torch.stack([gauge.saturated, gauge.flushed])
-        maxima = torch.stack([gauge.overrange, scales])
+        # Kept as they are, NaN would not be the largest to an all-reduce.
+        amax = gauge.amax.nan_to_num(nan=math.inf, posinf=math.inf)
+        maxima = torch.stack([gauge.overrange.nan_to_num(nan=math.inf, posinf=math.inf), scales, amax])
         dist.all_reduce(counts)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         gauge.reset()
-        (saturated, flushed), (overrange, scales) = counts, maxima
+        (saturated, flushed), (overrange, scales, amax) = counts, maxima
         bounded = [SLOTS.index(slot) for slot in _BOUNDED_SLOTS]
         result: dict[str, Any] = {
             "digest": None if scaling.scales is None else digest(scales),
@@ -204,6 +206,8 @@ class Monitor:
                 **{name: None if bounds is None else float(bounds[row, BOUNDS.index(name)]) for name in _LAYER_BOUNDS},
                 "scale_qkv": None if scaling.scales is None else float(scales[row, qkv]),
                 "saturated": int(saturated[row].sum()),
+                "utilization": {SLOTS[column]: float(overrange[row, column]) for column in bounded},
+                "amax": {SLOTS[column]: float(amax[row, column]) for column in bounded},
                 **({} if alphas is None else {"alpha": alphas[row]}),
             }
             for row in range(len(saturated))

@@ -19,6 +19,7 @@ MODELS = {
     "rms-1p-interleaved": ("llama", f"{QK_NORM} --apply-layernorm-1p --rotary-percent 0.5 --rotary-interleaved"),
     "l2": ("llama", "--qk-l2-norm"),
     "layernorm": ("gpt2", QK_NORM),
+    "yarn": ("llama", f"{QK_NORM} --position-embedding-type yarn --yarn-rotary-scaling-factor 40"),
     "layernorm-rope-bf16": ("gpt2", f"{QK_NORM} --position-embedding-type rope --bf16"),
 }
 
@@ -39,7 +40,8 @@ def attack_head_norms(trainer, go):
     model = unwrap_model(trainer.run.chunks[0]).train()
     layer = model.decoder.layers[0]
     attention = layer.self_attention
-    rope = model.rotary_pos_emb(LENGTH) if args.position_embedding_type == "rope" else None
+    rope = model.rotary_pos_emb(LENGTH) if args.position_embedding_type in ("rope", "yarn") else None
+    rope = rope[0] if args.position_embedding_type == "yarn" else rope
     seen, replaced = {}, {}
     attention.core_attention.register_forward_pre_hook(lambda _, inputs: seen.update(qkv=inputs[:3]))
     for name in ("q_layernorm", "k_layernorm"):  # the norms then see what no projection would make
@@ -178,7 +180,7 @@ def test_heads_of_shared_groups_are_the_ranks_own():
 @pytest.mark.parametrize(("ranks", "groups"), [(4, 2), (8, 2), (4, 1), (8, 4)])
 def test_any_number_of_ranks_may_share_a_group(ranks, groups, monkeypatch):
     """Each rank's heads from its shard alone and a gather that is played back, FP8 primary weights included."""
-    from megatron_geoscale.scaling import layers
+    from megatron_geoscale.scaling import layers, weights
     from megatron_geoscale.spectral.projections import split_linear_qkv
 
     class Float8:
@@ -195,7 +197,7 @@ def test_any_number_of_ranks_may_share_a_group(ranks, groups, monkeypatch):
     heads, dim, hidden = 8, 4, 6
     whole = torch.randn(groups * (heads // groups + 2) * dim, hidden)
     bias = torch.randn(len(whole))
-    monkeypatch.setattr(layers, "is_float8tensor", lambda tensor: isinstance(tensor, Float8))
+    monkeypatch.setattr(weights, "is_float8tensor", lambda tensor: isinstance(tensor, Float8))
     monkeypatch.setattr(layers.dist, "all_gather_into_tensor",
                         lambda out, mine, group: out.copy_(whole if mine.dim() == 2 else bias))
     dense = split_linear_qkv(whole, bias, num_groups=groups, heads_per_group=heads // groups, head_dim=dim)

@@ -1,5 +1,7 @@
 """Norms from weights that no rank holds whole equal the unsharded ones, with traffic far below the weights' size."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,11 +11,13 @@ from megatron_geoscale.spectral import (
     FlatShard,
     all_reduced_gram,
     certified_norm,
+    converge,
     gram,
     gram_norm,
     power_iteration,
     row_sharded_grams,
     row_sharded_norm_bound,
+    sharded_converge,
     sharded_power_iteration,
     start_vectors,
 )
@@ -92,6 +96,34 @@ def test_flat_shards_equal_the_unsharded_weights(layout):
             torch.testing.assert_close(g_q, torch.stack([gram(w) for w in w_q]), rtol=1e-12, atol=1e-12)
         else:
             assert parts_q.max() > 1 and whole.any()
+
+
+GAIN = torch.linspace(0.0, -3.0, D).exp()  # the norms' top vectors stand out, so few steps settle them
+
+
+def converged(rank, world, layout):
+    shards = [[dataclasses.replace(s, gain=GAIN) for s in part] for part in local_shards(rank, layout, 2)]
+    options = {**SIZES, "group": dist.group.WORLD, "tolerance": 1e-8}
+    return {
+        granularity: sharded_converge(*shards, start(granularity, 2), granularity=granularity, **options)
+        for granularity in ("head", "layer")
+    }
+
+
+def test_a_cold_start_from_flat_shards_reaches_the_dense_norm():
+    w_q, w_k = (w.double() * GAIN.double() for w in weights(2))
+    interactions = w_q.mT @ w_k.repeat_interleave(N_Q // N_KV, 1)
+    dense = {"head": interactions, "layer": interactions.sum(1)}
+    ranks = run_ranks(converged, 3, "uneven")
+    for granularity, matrices in dense.items():
+        sigma, state, steps = ranks[0][granularity]
+        torch.testing.assert_close(sigma, torch.linalg.matrix_norm(matrices, 2), rtol=1e-6, atol=0.0)
+        for other in ranks:  # all stop at the same step, with the same bits
+            assert other[granularity][2] == steps
+            assert torch.equal(other[granularity][0], sigma) and torch.equal(other[granularity][1], state)
+        whole = converge(w_q, w_k, start(granularity, 2), granularity=granularity, tolerance=1e-8)
+        assert steps == whole[2] > 3
+        torch.testing.assert_close(sigma, whole[0], rtol=1e-9, atol=0.0)
 
 
 def tied_across_the_cut(rank, world):

@@ -32,6 +32,9 @@ def test_defaults_are_megatrons(parse):
         rotary_percent=1.0, make_vocab_size_divisible_by=128, eval_iters=100, eval_interval=1000, log_interval=100,
         num_workers=2, ckpt_format="torch_dist", tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
         sequence_parallel=False, use_distributed_optimizer=False, optimizer="adam", lr_warmup_iters=0,
+        window_size=None, window_attn_skip_freq=None, softmax_type="vanilla", apply_query_key_layer_scaling=False,
+        multi_latent_attention=False, q_lora_rank=None, kv_lora_rank=32, qk_head_dim=128, qk_pos_emb_head_dim=64,
+        v_head_dim=128, rope_type=None, rotary_scaling_factor=1.0, mscale=1.0, mscale_all_dim=0.0,
     )
     assert {name: getattr(args, name) for name in expected} == expected
     assert args.geoscale == GeoScaleConfig()
@@ -50,6 +53,32 @@ def test_derived_values(parse):
     assert parse("--lr-warmup-fraction 0.25").lr_warmup_iters == 2
     assert parse("--recompute-activations").recompute_granularity == "selective"
     assert parse("--bf16").params_dtype == torch.bfloat16 and parse("--fp16").params_dtype == torch.float16
+
+
+def test_windows_in_every_spelling(parse):
+    for text in ("127 0", "127,0", "(127,0)"):
+        assert parse(f"--window-size {text}").window_size == (127, 0)
+    assert parse("--window-size 4 0 --window-attn-skip-freq 2").window_attn_skip_freq == 2
+
+
+def test_latent_and_yarn_flags_reach_megatrons_config(parse):
+    from megatron_geoscale.training.model import transformer_config
+
+    args = parse("--multi-latent-attention --qk-layernorm --hidden-size 60 --mscale 0.7 --rotary-scaling-factor 40")
+    config = transformer_config(args)
+    assert (args.rope_type, args.num_query_groups, config.kv_channels) == ("yarn", 8, 128)
+    assert (config.multi_latent_attention, config.q_lora_rank, config.kv_lora_rank) == (True, None, 32)
+    assert (config.mscale, config.rotary_scaling_factor, config.rope_type) == (0.7, 40.0, "yarn")
+    yarn = transformer_config(parse("--position-embedding-type yarn --yarn-rotary-scaling-factor 8"))
+    found = {name[5:]: value for name, value in vars(yarn).items() if name.startswith("yarn_")}
+    assert found == dict(
+        rotary_scaling_factor=8.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0,
+        mscale_all_dim=0.0, correction_range_round_to_int=True,
+    )
+    variants = "--window-size 4 0 --softmax-type learnable --apply-query-key-layer-scaling"
+    config = transformer_config(parse(variants))
+    assert (config.window_size, config.softmax_type) == ((4, 0), "learnable") and config.apply_query_key_layer_scaling
+    assert not hasattr(config, "yarn_rotary_scaling_factor")  # megatron-core would apply it to any RoPE
 
 
 def test_layout_is_derived_from_the_number_of_ranks(parse):
@@ -161,6 +190,30 @@ REFUSED = {  # flags: (ranks, what the sentence must say)
     "--num-workers -1": (1, "--num-workers"),
     "--rampup-batch-size 2 x 10": (1, "--rampup-batch-size"),
     "--position-embedding-type rope --rotary-percent 0": (1, "--rotary-percent"),
+    "--window-size 4": (1, "--window-size takes two numbers"),
+    "--window-size 4 1": (1, "--window-size 4 1"),
+    "--window-size -1 0": (1, "--window-size"),
+    "--window-attn-skip-freq 2": (1, "--window-attn-skip-freq needs --window-size"),
+    "--window-size 4 0 --window-attn-skip-freq 0": (1, "--window-attn-skip-freq must be positive"),
+    "--softmax-type sink": (1, "--softmax-type"),
+    "--position-embedding-type yarn": (1, "--yarn-rotary-scaling-factor"),
+    "--yarn-rotary-scaling-factor 8": (1, "--position-embedding-type yarn"),
+    "--position-embedding-type yarn --yarn-rotary-scaling-factor 0.5": (1, "--yarn-rotary-scaling-factor"),
+    "--position-embedding-type yarn --yarn-rotary-scaling-factor 8 --rotary-percent 0.5": (1, "--rotary-percent"),
+    "--position-embedding-type yarn --yarn-rotary-scaling-factor 8 --rotary-interleaved": (1, "--rotary-interleaved"),
+    "--position-embedding-type yarn --yarn-rotary-scaling-factor 8 --kv-channels 7": (1, "--kv-channels 7"),
+    "--rope-type yarn": (1, "--rope-type is for --multi-latent-attention"),
+    "--multi-latent-attention --group-query-attention": (1, "--group-query-attention"),
+    "--multi-latent-attention --kv-channels 8": (1, "--kv-channels"),
+    "--multi-latent-attention --rotary-interleaved": (1, "--rotary-interleaved"),
+    "--multi-latent-attention --add-qkv-bias": (1, "--add-qkv-bias"),
+    "--multi-latent-attention --position-embedding-type yarn": (1, "--rope-type yarn"),
+    "--multi-latent-attention --qk-pos-emb-head-dim 7": (1, "--qk-pos-emb-head-dim 7"),
+    "--multi-latent-attention --kv-lora-rank 0": (1, "--kv-lora-rank must be positive"),
+    "--multi-latent-attention --rotary-scaling-factor 0.5": (1, "--rotary-scaling-factor"),
+    "--multi-latent-attention --mscale -1": (1, "--mscale"),
+    "--multi-latent-attention --kv-lora-rank 31 --tensor-model-parallel-size 2": (2, "--kv-lora-rank plus"),
+    "--multi-latent-attention --q-lora-rank 31 --tensor-model-parallel-size 2": (2, "--q-lora-rank"),
 }
 
 

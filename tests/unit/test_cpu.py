@@ -173,7 +173,6 @@ REFUSED = [
     ("--cuda-graph-impl", {"cuda_graph_impl": "local"}),
     ("--context-parallel-size", {"context_parallel_size": 2}),
     ("--num-experts", {"num_moe_experts": 4}),
-    ("--multi-latent-attention", {"multi_latent_attention": True}),
     ("--recompute-modules", SELECTIVE | {"recompute_modules": ["layernorm"]}),
     ("--disable-bias-linear", SELECTIVE | {"recompute_modules": ["core_attn", "mlp"]}),
     ("--no-overlap-p2p-communication", INTERLEAVED | {"batch_p2p_comm": True}),

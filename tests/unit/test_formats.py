@@ -87,6 +87,31 @@ def test_non_finite_values(fmt):
     assert cast(x[:3], torch.tensor(2.0), fmt).amax.item() == math.inf
 
 
+def test_overflow_to_nan_is_ieee_rounding():
+    """Ties around the largest value go to the even mantissa: 464 is still 448 in E4M3, 61440 is infinity in E5M2."""
+    one = torch.tensor(1.0)
+
+    def step(x, towards):
+        return torch.nextafter(torch.tensor(x), torch.tensor(towards)).item()
+
+    x = torch.tensor([448.0, 464.0, step(464.0, 1e9), -470.0, math.inf, -math.inf, math.nan, 3.0])
+    result = cast(x, one, E4M3, overflow="nan")
+    assert result.values[[0, 1, 7]].tolist() == [448.0, 448.0, 3.0] and result.values[2:7].isnan().all()
+    assert result.saturated.item() == 5  # 464 is counted too: its magnitude exceeds the largest
+    x = torch.tensor([57344.0, step(61440.0, 0.0), 61440.0, -1e9, math.inf, -math.inf, math.nan])
+    result = cast(x, one, E5M2, overflow="nan")
+    assert result.values[:6].tolist() == [57344.0, 57344.0, math.inf, -math.inf, math.inf, -math.inf]
+    assert math.isnan(result.values[6]) and result.saturated.item() == 5
+
+    x = wide(50_000)  # torch's own cast to E5M2 does the same; both modes agree wherever nothing overflows
+    result = cast(x, one, E5M2, overflow="nan")
+    assert torch.equal(result.values, x.to(torch.float8_e5m2).float()) and result.values.isinf().sum() > 100
+    for fmt in (E4M3, E5M2):
+        saturating, ieee = cast(x, one, fmt), cast(x, one, fmt, overflow="nan")
+        assert torch.equal(saturating.values[ieee.values.isfinite()], ieee.values[ieee.values.isfinite()])
+        assert (saturating.saturated, saturating.flushed) == (ieee.saturated, ieee.flushed)
+
+
 @FORMATS
 def test_a_value_at_its_bound_never_saturates(fmt):
     amax = wide(200_000, seed=2, exponents=(-100, 120)).abs()

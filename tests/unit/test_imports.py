@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_geoscale"
-LAYERS = ("spectral", "bounds", "scaling", "attention", "integrations", "training")
+LAYERS = ("spectral", "bounds", "scaling", "checkpoints", "attention", "integrations", "training")
 PURE = ("spectral", "bounds")
 FOUNDATION = ("config", "cpu")
 """Modules of no layer, which layers may use and which use none."""

@@ -84,3 +84,17 @@ def test_bad_shapes_are_one_sentence():
         Moments.of(bad)
     with pytest.raises(ValueError, match="rotary_dim"):
         certified_logit_bound(Moments.of(p), softmax_scale=1.0, rotary_dim=9, input_norm=1.0)
+
+
+def test_offsets_alone_are_bounded_to_the_last_digit():
+    """Without weights a logit is a.b, which may cancel: the exact value, in fractions, is never above the bound."""
+    from fractions import Fraction
+
+    zero, g = torch.zeros(1, 8, 16, dtype=torch.float64), torch.Generator().manual_seed(0)
+    for rotary_dim in (0, 4):
+        for _ in range(300):
+            a, b = torch.randn(2, 1, 8, dtype=torch.float64, generator=g)
+            moments = Moments.of(Projections(zero, a, zero, b, zero, b))
+            _, bound = certified_logit_bound(moments, softmax_scale=1.0, rotary_dim=rotary_dim, input_norm=4.0)
+            exact = sum(Fraction(x) * Fraction(y) for x, y in zip(a[0].tolist(), b[0].tolist()))
+            assert abs(exact) <= Fraction(bound.item())

@@ -17,6 +17,7 @@ from megatron_geoscale.spectral import (
     power_iteration,
     row_sharded_grams,
     row_sharded_norm_bound,
+    sharded_converge,
     sharded_power_iteration,
     start_vectors,
 )
@@ -112,6 +113,17 @@ def test_one_shard_with_everything_is_the_unsharded_iteration(granularity):
     sigma, state = run(*shards, start(granularity), 3, granularity=granularity)
     torch.testing.assert_close(sigma, expected[0], rtol=1e-6, atol=0.0)
     torch.testing.assert_close(state, expected[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["head", "layer"])
+def test_converging_is_stepping_until_it_has_settled(granularity):
+    shards = tuple(whole_shards(w) for w in weights())
+    sizes = {"num_heads": N_Q, "num_groups": N_KV, "head_dim": D_H, "granularity": granularity, "group": None}
+    sigma, state, steps = sharded_converge(*shards, start(granularity), **sizes, tolerance=0.0, max_steps=7)
+    expected = sharded_power_iteration(*shards, start(granularity), 7, **sizes)
+    assert steps == 7 and torch.equal(sigma, expected[0]) and torch.equal(state, expected[1])
+    with pytest.raises(ValueError, match="state must have shape"):
+        sharded_converge(*shards, start(granularity)[:1], **sizes)
 
 
 @pytest.mark.parametrize("granularity", ["head", "layer"])

@@ -1,0 +1,85 @@
+"""--use-checkpoint-args: the model's flags, its tokenizer and its sequence length from the checkpoint in --load.
+
+As in Megatron-LM, whose launch scripts then need no flag of the model. The saved values are parsed as if they had been
+typed, so a value that pretrain.py does not take is refused as it would be on the command line. No process group is
+needed. https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/training/checkpointing.py, load_args_from_checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_geoscale.training.model_arguments import add_model_args, flag, require
+
+
+def checkpoint_flags() -> tuple[str, ...]:
+    """Names of what a checkpoint decides: all that `add_model_args` adds, sequence length, tokenizer, vocabulary."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_model_args(parser)
+    return (*vars(parser.parse_args([])), "seq_length", "tokenizer_type", "tokenizer_model", "vocab_size")
+
+
+def saved_args(args: argparse.Namespace) -> tuple[Path, argparse.Namespace]:
+    """Directory and flags of the checkpoint that --load and --ckpt-step name.
+
+    Raises ValueError where there is none, or where it is damaged.
+    """
+    from megatron_geoscale.checkpoints.torch_dist import TorchDistDirectory
+    from megatron_geoscale.training.checkpointing import TRACKER, checkpoint_to_load
+
+    require(args.load is not None, "--use-checkpoint-args needs --load, the checkpoint to take the flags from")
+    directory = checkpoint_to_load(args)
+    if directory is None:
+        raise ValueError(f"--load {args.load} holds no checkpoint to take the flags from: {TRACKER} is not there")
+    return directory, TorchDistDirectory(directory).args()
+
+
+def parse_with_checkpoint_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags in `argv`, those of `checkpoint_flags` replaced by what the checkpoint in --load was saved with.
+
+    A typed flag that contradicts the checkpoint is overridden, with one printed line; one that the checkpoint says
+    nothing of keeps its value. Raises ValueError as `saved_args`, and for saved values that `parser` refuses.
+    """
+    names = checkpoint_flags()
+    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))  # None: not typed
+    directory, saved = saved_args(typed)
+    decided = {name: getattr(saved, name) for name in names if hasattr(saved, name)}
+    if decided.get("multi_latent_attention"):
+        del decided["kv_channels"]  # follows from --v-head-dim, and must not be given beside it
+    if not typed.use_tokenizer_model_from_checkpoint_args and typed.tokenizer_model is not None:
+        decided.pop("tokenizer_model", None)
+
+    start = {name: parser.get_default(name) for name in names}
+    start |= {name: value for name in names if name not in decided and (value := getattr(typed, name)) is not None}
+    flags = [word for name, value in decided.items() for word in _words(name, value)]
+    try:
+        args = parser.parse_args(flags, argparse.Namespace(**{**vars(typed), **start}))
+    except ValueError as error:
+        raise ValueError(f"{directory} was saved with a flag that pretrain.py cannot take: {error}") from error
+    if os.environ.get("RANK", "0") == "0":
+        for name in decided:
+            before, after = getattr(typed, name), getattr(args, name)
+            if before is not None and _text(before) != _text(after):
+                print(f"--use-checkpoint-args: {flag(name)} is {_text(after)} as in {directory}, not {_text(before)}",
+                      flush=True)
+    return args
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """The command line that sets `name` to `value`; nothing for what is not set."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag(name)]
+    if isinstance(value, tuple | list):
+        return [flag(name), *map(str, value)]
+    return [f"{flag(name)}={value}"]
+
+
+def _text(value: Any) -> str:
+    """`value` as it is typed, lists in one spelling."""
+    return " ".join(map(str, value)).replace(",", " ") if isinstance(value, list) else str(value)
