@@ -14,7 +14,7 @@ help:
 	@echo "make demo       pretrain a small GPT under a weight spike, once with predicted scales and once with delayed ones"
 	@echo "make test       run the tests; ARGS='-k rope' passes options to pytest"
 	@echo "make lint       ruff, and mypy --strict on spectral and bounds"
-	@echo "make bench      time a refresh of the scales against a training step"
+	@echo "make bench      cost, growth and tightness: the tables of docs/BENCHMARKS.md, in about eight minutes"
 	@echo "make clean      remove caches and build output; make distclean removes $(VENV) too"
 
 install: $(STAMP)
@@ -34,7 +34,7 @@ demo: install
 	$(PY) tools/demo.py
 
 test: install
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: install
 	$(PY) -m ruff check .
@@ -42,6 +42,8 @@ lint: install
 
 bench: install
 	$(PY) benchmarks/refresh.py
+	$(PY) benchmarks/growth.py
+	$(PY) benchmarks/tightness.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,10 @@
-"""What the benchmarks share: paired timing, a description of the machine, Megatron on one rank."""
+"""What the benchmarks share: options, paired timing, the machine's description, tables, Megatron on one rank."""
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 import logging
 import os
 import platform
@@ -11,32 +13,48 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+warnings.filterwarnings("ignore", module=r"megatron\.core")  # of what it does not find on a CPU
 
-def milliseconds(work: Callable[[], Any], repetitions: int = 1) -> float:
-    """Median wall time of `work` over `repetitions` calls, garbage collected beforehand."""
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has: --json and --threads."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write machine and rows to PATH")
+    parser.add_argument("--threads", type=int, default=_cores(), help="of torch (default: one a core)")
+    return parser
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def milliseconds(
+    work: Callable[[], Any], repetitions: int = 1, pick: Callable[[list[float]], float] = statistics.median
+) -> float:
+    """Wall time of `work`, picked from `repetitions` calls, the median unless told; garbage collected beforehand."""
     gc.collect()
     times = []
     for _ in range(repetitions):
         start = time.perf_counter()
         work()
         times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    return pick(times)
 
 
-def row(case: str, what: str, times: list[float], against: list[float], note: str = "") -> dict[str, Any]:
+def row(case: str, what: str, times: list[float], against: list[float]) -> dict[str, Any]:
     """One line of the table: medians of `times` and of their shares of `against`, measured in the same rounds."""
     share = statistics.median(own / step for own, step in zip(times, against, strict=True))
-    ms = statistics.median(times)
-    return {"case": case, "what": what, "ms": ms, "share": share, "note": note, "samples_ms": times}
+    return {"case": case, "what": what, "ms": statistics.median(times), "share": share, "samples_ms": times}
 
 
 Work = Callable[[], Any]
@@ -69,24 +87,22 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
-    import megatron.core
-
+def set_up(threads: int) -> dict[str, Any]:
+    """Set torch's threads; what the numbers depend on besides the code. Says on stderr that the machine is busy."""
+    torch.set_num_threads(threads)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        progress(f"{load:.1f} processes were busy here over the last minute: the times will be those of a busy machine")
     return {
         "date": date.today().isoformat(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "megatron_core": megatron.core.__version__,
+        "megatron_core": version("megatron-core"),
+        "load_before": load,
     }
-
-
-def load_average() -> float:
-    """Processes that wanted a core over the last minute, this one included."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _cpu_model() -> str:
@@ -98,14 +114,49 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def markdown(rows: Iterable[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| case | what | ms | share | note |", "|---|---|---:|---:|---|"]
+def machine_line(about: dict[str, Any]) -> str:
+    """What `set_up` found, as a sentence."""
+    return (
+        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, Python {about['python']}, "
+        f"torch {about['torch']}, megatron-core {about['megatron_core']}, load average before "
+        f"{about['load_before']:.1f}, {about['date']}."
+    )
+
+
+def write_json(path: Path | None, about: dict[str, Any], content: dict[str, Any]) -> None:
+    """{"machine": about, ...content} to `path`, if there is one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": about, **content}, indent=2) + "\n")
+
+
+def table(name: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table between the markers of docs/BENCHMARKS.md, to be pasted there whole. A column whose name begins
+    with a space is aligned right."""
+    lines = ["| " + " | ".join(column.strip() for column in columns) + " |"]
+    lines.append("|" + "|".join("---:" if column.startswith(" ") else "---" for column in columns) + "|")
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows]
+    return "\n".join([f"<!-- table: {name} -->", *lines, f"<!-- end of table: {name} -->"])
+
+
+def number(value: float) -> str:
+    """Three significant digits or all integer ones: 0.0123, 1.23, 12.3, 1234."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def shares(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows of `paired` as a table."""
+    cells = []
     for r in rows:
         share = f"{100 * r['share']:.2f} %" if r["share"] < 1 else f"{100 * r['share']:.0f} %"
-        ms = f"{r['ms']:.1f}" if r["ms"] < 1000 else f"{r['ms']:.0f}"
-        lines.append(f"| {r['case']} | {r['what']} | {ms} | {share} | {r['note']} |")
-    return "\n".join(lines)
+        cells.append((r["case"], r["what"], number(r["ms"]), share))
+    return table("refresh", ("case", "what", " ms", " share"), cells)
+
+
+def svd_of_triangles(w_q: torch.Tensor, w_k: torch.Tensor) -> torch.Tensor:
+    """||A^T B|| by dense factorisations that a head's rank allows: A^T = Q_A R_A, B^T = Q_B R_B, SVD of R_A R_B^T."""
+    r_q, r_k = (torch.linalg.qr(w.mT, mode="r").R for w in (w_q, w_k))
+    return torch.linalg.svdvals(r_q @ r_k.mT.repeat_interleave(len(r_q) // len(r_k), dim=0))[:, 0]
 
 
 @contextmanager
@@ -113,7 +164,6 @@ def megatron_on_one_rank(seed: int = 1234) -> Iterator[None]:
     """megatron-core on this process alone: one gloo group, seeds, quiet. Restores nothing but the process group."""
     from megatron_geoscale import cpu
 
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve in a container

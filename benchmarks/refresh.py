@@ -8,8 +8,6 @@ ratios. docs/BENCHMARKS.md says how to read the table.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +17,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from _measure import load_average, machine, markdown, megatron_on_one_rank, milliseconds, paired, progress, row
+from _measure import (
+    machine_line,
+    megatron_on_one_rank,
+    paired,
+    parser,
+    progress,
+    set_up,
+    shares,
+    svd_of_triangles,
+    write_json,
+)
 
 LLAMA = """
     --position-embedding-type rope --normalization RMSNorm --swiglu --untie-embeddings-and-output-weights
@@ -42,18 +50,12 @@ FORWARD_BACKWARD = "layer, forward + backward"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write machine and rows to PATH")
-    parser.add_argument("--threads", type=int, default=_cores(), help="of torch, for both sides (default: one a core)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the 7B-shaped layer (default: 3)")
-    parser.add_argument("--bf16", action="store_true", help="weights and arithmetic of the models in bfloat16")
-    parser.add_argument("--no-materialised-svd", action="store_true",
-                        help="leave out the SVD of one head's 4096 x 4096 matrix, which takes tens of seconds")
-    return parser.parse_args(argv)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=3, help="of the 7B-shaped layer (default: 3)")
+    options.add_argument("--demo-rounds", type=int, default=10, help="of the demo's model (default: 10)")
+    options.add_argument("--bf16", action="store_true", help="weights and arithmetic of the models in bfloat16")
+    options.add_argument("--skip-7b", action="store_true", help="the demo's model alone")
+    return options.parse_args(argv)
 
 
 def demo_model(precision: list[str], rounds: int) -> list[dict[str, Any]]:
@@ -166,7 +168,7 @@ class Layer:
         output.backward(self.gradient)
 
 
-def layer_of_7b(precision: list[str], rounds: int, materialised: bool) -> list[dict[str, Any]]:
+def layer_of_7b(precision: list[str], rounds: int) -> list[dict[str, Any]]:
     """One Llama-2-7B-shaped layer: norms, parts of a refresh and whole refreshes against forward and backward."""
     from megatron_geoscale.bounds.rotary import rotary_norm_bound
     from megatron_geoscale.spectral import gram, gram_norm, power_iteration
@@ -190,41 +192,21 @@ def layer_of_7b(precision: list[str], rounds: int, materialised: bool) -> list[d
         ),
         **{what: engine.refresh for what, engine in layer.engines.items()},
     }
-    rows = list(paired(case, (FORWARD_BACKWARD, layer.forward_backward), others, rounds=rounds, inner=5))
-    if materialised:
-        progress(f"{case}: SVD of one head's 4096 x 4096 matrix")
-        svd = 32 * milliseconds(lambda: torch.linalg.svdvals(p.q[0].mT @ p.k[0]))
-        rows.append(row(case, "norms of 32 heads, SVD of A^T B", [svd], [rows[0]["ms"]], "32 times one head, run once"))
-    return rows
+    return list(paired(case, (FORWARD_BACKWARD, layer.forward_backward), others, rounds=rounds, inner=5))
 
 
-def svd_of_triangles(w_q: torch.Tensor, w_k: torch.Tensor) -> torch.Tensor:
-    """||A^T B|| by dense factorisations that a head's rank allows: A^T = Q_A R_A, B^T = Q_B R_B, SVD of R_A R_B^T."""
-    r_q, r_k = (torch.linalg.qr(w.mT, mode="r").R for w in (w_q, w_k))
-    return torch.linalg.svdvals(r_q @ r_k.mT.repeat_interleave(len(r_q) // len(r_k), dim=0))[:, 0]
-
-
-def main() -> None:
-    options = parse()
-    torch.set_num_threads(options.threads)
-    precision = ["--bf16"] if options.bf16 else []
-    load = load_average()
-    if load > 0.5:
-        progress(f"{load:.1f} processes were busy here over the last minute: the times will be those of a busy machine")
-    with megatron_on_one_rank():
-        rows = demo_model(precision, rounds=10)
-        rows += layer_of_7b(precision, options.rounds, not options.no_materialised_svd)
-        about = {**machine(), "load_before": load}
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    about = set_up(options.threads)
     about["weights"] = "bfloat16" if options.bf16 else "float32"
-    print(
-        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, Python {about['python']}, "
-        f"torch {about['torch']}, megatron-core {about['megatron_core']}, {about['weights']} weights, "
-        f"load average before {load:.1f}, {about['date']}. Shares are of the first row of each case.\n"
-    )
-    print(markdown(rows))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
+    precision = ["--bf16"] if options.bf16 else []
+    with megatron_on_one_rank():
+        rows = demo_model(precision, options.demo_rounds)
+        if not options.skip_7b:
+            rows += layer_of_7b(precision, options.rounds)
+    print(f"{machine_line(about)} {about['weights']} weights. Shares are of the first row of each case.\n")
+    print(shares(rows))
+    write_json(options.json, about, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_geoscale.checkpoints.attention_weights import AttentionSource
 from megatron_geoscale.spectral.projections import Projections, fold_norm, offset_size
 
 LEARNING_RATE = 1e-4
@@ -102,6 +103,21 @@ def synthesise(shape: Shape, layer: int, device: torch.device) -> Weights:
         return Weights(w, (None, None, None), gain, None)
     b = tuple(0.1 * draw(len(x), shape.head_dim) for x in w)
     return Weights(w, b, gain, 0.1 * draw(shape.hidden_size))
+
+
+def stored_layer(source: AttentionSource, shape: Shape, number: int, device: torch.device) -> Weights:
+    """Layer `number` of a checkpoint. ValueError where it is not of this `shape`."""
+    stored = source.layer(number)
+    g = stored.geometry
+    found = Shape(source.num_layers, g.hidden_size, g.num_heads, g.num_groups, g.head_dim, shape.seq_length,
+                  rotary=g.rotary_dim == g.head_dim, layer_norm=stored.shift is not None)  # fmt: skip
+    if found != shape or stored.head_norms is not None or g.rotary_scale != 1.0:
+        raise ValueError(f"--weights holds {source.name} with attention of another shape than --shape: {found}")
+    parts = [stored.query, stored.key, stored.value]
+    w = tuple(weight.to(device, torch.float32) for weight, _ in parts)
+    b = tuple(None if bias is None else bias.to(device, torch.float32) for _, bias in parts)
+    shift = None if stored.shift is None else stored.shift.to(device, torch.float32)
+    return Weights(w, b, stored.gain.to(device, torch.float32), shift)
 
 
 def untrained(trained: Weights, layer: int) -> Weights:

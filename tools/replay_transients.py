@@ -59,6 +59,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="what a cast does beyond the largest value (default: saturate, as real kernels)")
     parser.add_argument("--shape", choices=("gpt2-xl", "mistral-7b", "llama2-13b", "llama2-70b"),
                         help="replay attention layers of this model's dimensions instead of a training")
+    parser.add_argument("--weights", type=Path, metavar="DIR",
+                        help="with --shape: Hugging Face directory of such a model (default: weights are made up)")
     parser.add_argument("--num-layers", type=int, default=4, metavar="N",
                         help="with --shape: layers to replay, evenly spaced, 0 for all (default: 4)")
     parser.add_argument("--tokens", type=int, default=256, metavar="N", help="with --shape: sequence (default: 256)")
@@ -73,6 +75,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.factor is not None and args.scenario not in FACTORS:
         parser.error(f"--factor belongs to --scenario {' or '.join(FACTORS)}")
+    if args.weights and not args.shape:
+        parser.error("--weights needs --shape")
     if args.base_steps < 1 or args.workers < 1:
         parser.error("--base-steps and --workers must be 1 or more")
     return args
@@ -129,9 +133,11 @@ def replay_shape(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     import _replay_shapes
     import _shape_layers
+    from megatron_geoscale.checkpoints.attention_weights import open_checkpoint
 
     torch.set_num_threads(1)  # another number would sum in another order, and the JSON would depend on the machine
     shape = _shape_layers.SHAPES[args.shape]
+    source = open_checkpoint(args.weights) if args.weights else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = min(args.num_layers or shape.layers, shape.layers)
     numbers = [1 + index * (shape.layers - 1) // max(1, count - 1) for index in range(count)]
@@ -139,7 +145,10 @@ def replay_shape(args: argparse.Namespace) -> list[dict[str, Any]]:
     scenarios = [args.scenario] if args.scenario else list(SCENARIOS)
     steps: dict[tuple[str, str], list[Any]] = {(scenario, recipe): [] for scenario in scenarios for recipe in recipes}
     for number in tqdm(numbers, desc=args.shape, unit="layer", disable=None):
-        trained = _shape_layers.synthesise(shape, number, device)
+        if source is None:
+            trained = _shape_layers.synthesise(shape, number, device)
+        else:
+            trained = _shape_layers.stored_layer(source, shape, number, device)
         for scenario in scenarios:
             factor = args.factor if args.factor is not None else FACTORS.get(scenario, 1.0)
             found = _replay_shapes.replay_layer(

@@ -29,14 +29,11 @@ from megatron_geoscale.scaling.estimator import SigmaEstimator
 from megatron_geoscale.scaling.gauge import SlotGauge
 from megatron_geoscale.scaling.geometry import AttentionGeometry
 from megatron_geoscale.scaling.latent_layers import LatentLayer, latent_norm
-from megatron_geoscale.scaling.layer_bounds import bound_heads
+from megatron_geoscale.scaling.layer_bounds import bound_heads, layers_at_once
 from megatron_geoscale.scaling.layers import AttentionLayer, find_attention_layers, refuse_unbounded
 from megatron_geoscale.scaling.slot_scales import TableScaler, scales_from_bounds
 from megatron_geoscale.scaling.table import BOUNDS, ScaleTable, digest
 from megatron_geoscale.spectral.moments import Moments
-
-BATCH_BYTES = 256 << 20
-"""Of Gram matrices that are bounded together; bounding them takes about ten times as much at its peak."""
 
 
 class GeoScaleEngine:
@@ -191,14 +188,13 @@ class _Batch:
 
 
 def _batches(layers: Sequence[AttentionLayer | LatentLayer]) -> list[_Batch]:
-    """`layers` by geometry, at most `BATCH_BYTES` of Gram matrices in each batch."""
+    """`layers` by geometry, at most `layers_at_once` in each batch."""
     by_geometry: dict[AttentionGeometry, list[AttentionLayer | LatentLayer]] = {}
     for layer in layers:
         by_geometry.setdefault(layer.geometry, []).append(layer)
     batches = []
     for geometry, alike in by_geometry.items():
-        matrices = 4 * alike[0].num_local_heads  # of Q, K, V and, for an isotropic bound, of Q with K; fewer under GQA
-        most = max(1, BATCH_BYTES // (8 * geometry.head_dim**2 * matrices))
+        most = layers_at_once(alike[0].num_local_heads, geometry.head_dim)
         batches += [_Batch(alike[first : first + most]) for first in range(0, len(alike), most)]
     return batches
 

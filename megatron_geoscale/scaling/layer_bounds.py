@@ -20,6 +20,15 @@ from megatron_geoscale.config import GeoScaleConfig
 from megatron_geoscale.scaling.geometry import AttentionGeometry
 from megatron_geoscale.spectral.moments import Moments
 
+BATCH_BYTES = 256 << 20
+"""Of Gram matrices that are bounded together; bounding them takes about ten times as much at its peak."""
+
+
+def layers_at_once(num_heads: int, head_dim: int) -> int:
+    """How many layers of `num_heads` query heads are bounded together: `BATCH_BYTES` of Gram matrices, at least one."""
+    matrices = 4 * num_heads  # of Q, K, V and, for an isotropic bound, of Q with K; fewer under GQA
+    return max(1, BATCH_BYTES // (8 * head_dim**2 * matrices))
+
 
 def bound_heads(
     geometry: AttentionGeometry,

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 import _corpus
+import _demo_data
 import _demo_report
 import demo
 
@@ -86,7 +87,7 @@ def test_data_is_reused_only_if_it_is_the_same(finished, tmp_path, monkeypatch, 
         tools.append(name)
         Path(flags[-1]).parent.mkdir(parents=True, exist_ok=True)
 
-    monkeypatch.setattr(demo, "run_tool", run_tool)
+    monkeypatch.setattr(_demo_data, "run_tool", run_tool)
     data, text = tmp_path / "data", _corpus.stdlib_directory() / "asyncio"
     shutil.copytree(finished[0] / "data", data)
     demo.prepare_data(data, [text])

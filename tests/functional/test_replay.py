@@ -160,3 +160,47 @@ def test_projections_of_a_shape_are_what_its_queries_and_keys_are_made_with():
     for made, (weight, bias) in zip(_shape_layers.qkv(shape, trained, hidden), folded):
         expected = torch.einsum("td,hed->the", xhat, weight) + bias
         torch.testing.assert_close(made[:, 0].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_weights_of_a_hugging_face_directory(kind, tmp_path):
+    """Q, K and V of the replayed layer are those of transformers' own modules."""
+    import transformers
+
+    import _shape_layers
+    from megatron_geoscale.checkpoints.attention_weights import open_checkpoint
+
+    if kind == "llama":
+        config = transformers.LlamaConfig(hidden_size=96, intermediate_size=64, num_hidden_layers=2, vocab_size=50,
+                                          num_attention_heads=4, num_key_value_heads=2, head_dim=16)  # fmt: skip
+        model = transformers.LlamaForCausalLM(config)
+        attention, norm = model.model.layers[1].self_attn, model.model.layers[1].input_layernorm
+    else:
+        config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=50, n_positions=128)
+        model = transformers.GPT2LMHeadModel(config)
+        attention, norm = model.transformer.h[1].attn, model.transformer.h[1].ln_1
+        torch.nn.init.normal_(norm.bias, std=0.3)
+        torch.nn.init.normal_(attention.c_attn.bias, std=0.3)
+    torch.nn.init.normal_(norm.weight, mean=1.0, std=0.3)
+    model.save_pretrained(tmp_path)
+    d, groups = (96, 2) if kind == "llama" else (64, 4)
+    shape = _shape_layers.Shape(2, d, 4, groups, 16, 128, rotary=kind == "llama", layer_norm=kind == "gpt2")
+    source = open_checkpoint(tmp_path)
+    weights = _shape_layers.stored_layer(source, shape, 2, torch.device("cpu"))
+    hidden = _shape_layers.draw_tokens(shape, 2, 1, 24, torch.device("cpu"))
+    made = _shape_layers.qkv(shape, weights, hidden)
+    with torch.no_grad():
+        x = norm(hidden)
+        if kind == "gpt2":
+            expected = [part.view(24, 4, 16) for part in attention.c_attn(x).split(64, dim=-1)]
+        else:
+            expected = [layer(x).view(24, -1, 16) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+            cos, sin = model.model.rotary_emb(x[None], torch.arange(24)[None])
+            turned = transformers.models.llama.modeling_llama.apply_rotary_pos_emb(
+                *(part.transpose(0, 1)[None] for part in expected[:2]), cos, sin
+            )
+            expected[:2] = [part[0].transpose(0, 1) for part in turned]
+    for part, right in zip(made, expected):
+        torch.testing.assert_close(part[:, 0], right, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="another shape"):
+        _shape_layers.stored_layer(source, _shape_layers.SHAPES["gpt2-xl"], 1, torch.device("cpu"))

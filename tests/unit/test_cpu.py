@@ -238,3 +238,13 @@ def test_harness_survives_a_killed_rank_and_a_hang():
     with pytest.raises(RankFailure, match="nothing had come from rank 1 of 2"):
         run_ranks(hang, 2, timeout=3)
     assert time.monotonic() - started < 30
+
+
+def test_a_device_context_counts_after_install():
+    """transformers builds models under `torch.device("meta")`: without effect, buffers would stay uninitialised."""
+    code = (
+        "from megatron_geoscale import cpu; cpu.install(); import torch\n"
+        "with torch.device('meta'): assert torch.empty(1).is_meta and torch.zeros(1).is_meta\n"
+        "assert not torch.empty(1).is_meta"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

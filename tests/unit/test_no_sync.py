@@ -84,7 +84,8 @@ def engines(trainer, go):
     from megatron.core.utils import unwrap_model
 
     from megatron_geoscale.config import GeoScaleConfig
-    from megatron_geoscale.scaling import engine as engine_module
+    from megatron_geoscale.scaling import layer_bounds
+    from megatron_geoscale.scaling.engine import GeoScaleEngine
 
     randomise(trainer)
     chunks, found = trainer.run.chunks, {}
@@ -104,10 +105,10 @@ def engines(trainer, go):
         ("certified power", None, {"estimator": "power"}),
         ("paper layer", None, {"recipe": "paper", "granularity": "layer"}),
     ):
-        kept = engine_module.BATCH_BYTES
-        engine_module.BATCH_BYTES = batch_bytes or kept
-        engine = engine_module.GeoScaleEngine.attach(chunks, GeoScaleConfig(**options))
-        engine_module.BATCH_BYTES = kept
+        kept = layer_bounds.BATCH_BYTES
+        layer_bounds.BATCH_BYTES = batch_bytes or kept
+        engine = GeoScaleEngine.attach(chunks, GeoScaleConfig(**options))
+        layer_bounds.BATCH_BYTES = kept
         engine.refresh()  # the first one converges
         refresh, attention, end = [], [], []
         for _ in range(3):  # calibration: in the burn-in, at its end, after it
