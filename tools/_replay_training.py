@@ -41,18 +41,20 @@ def data_flags(data: Path, inputs: Sequence[str | Path]) -> list[object]:
             "--data-path", data / "corpus_text_document", "--data-cache-path", data / "cache"]  # fmt: skip
 
 
-def training_flags(steps: int, seed: int = 1234) -> list[object]:
-    """Of a run of `steps` steps from random weights, without data and recipe."""
-    return [*MODEL.split(), *TRAINING.split(), "--train-iters", steps, "--seed", seed, "--vocab-size", VOCAB_SIZE]
+def training_flags(steps: int, seed: int = 1234, model: Sequence[object] | None = None) -> list[object]:
+    """Of a run of `steps` steps from random weights, without data and recipe. `model`: flags of another model."""
+    shape = [*MODEL.split(), "--vocab-size", VOCAB_SIZE] if model is None else model
+    return [*shape, *TRAINING.split(), "--train-iters", steps, "--seed", seed]
 
 
 def replay_flags(
-    scenario: str, recipe: str, *, base: Path, base_steps: int, factor: float, logits_dtype: str, overflow: str
-) -> list[object]:
-    """Of one replay: `base` holds the trained checkpoint of `base_steps` steps."""
+    scenario: str, recipe: str, *, base: Path, base_steps: int, factor: float, logits_dtype: str, overflow: str,
+    model: Sequence[object] | None = None,
+) -> list[object]:  # fmt: skip
+    """Of one replay: `base` holds the trained checkpoint of `base_steps` steps; `model`: its flags, if not `MODEL`."""
     first = 0 if scenario == "pretrained_load" else base_steps
     flags = [
-        *training_flags(first + STEPS), "--geoscale-recipe", recipe, "--geoscale-log-sqnr",
+        *training_flags(first + STEPS, model=model), "--geoscale-recipe", recipe, "--geoscale-log-sqnr",
         "--geoscale-burn-in-steps", BURN_IN, "--geoscale-logits-dtype", logits_dtype, "--geoscale-overflow", overflow,
         # The run is to go on, and show what becomes of its loss.
         "--no-check-for-nan-in-loss-and-grad",

@@ -6,7 +6,7 @@
     python tools/replay_transients.py --shape llama2-70b                          attention of full-size layers
 
 The first run trains a small Llama-style GPT on the standard library's text (some minutes on two cores) and keeps it in
-the output directory; `--load DIR` takes another checkpoint that pretrain.py saved with the same model flags. What
+the output directory; `--load DIR --data-path PREFIX` takes another checkpoint, its model and its tokenizer. What
 happens at which step is in tools/_replay_training.py, what the numbers mean in `summarize` of tools/_replay_report.py.
 The same seed gives the same JSON. With --shape nothing is trained: see tools/_replay_shapes.py.
 
@@ -64,7 +64,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-layers", type=int, default=4, metavar="N",
                         help="with --shape: layers to replay, evenly spaced, 0 for all (default: 4)")
     parser.add_argument("--tokens", type=int, default=256, metavar="N", help="with --shape: sequence (default: 256)")
-    parser.add_argument("--load", type=Path, metavar="DIR", help="checkpoint directory to replay instead of training")
+    parser.add_argument("--load", type=Path, metavar="DIR",
+                        help="directory of a checkpoint that pretrain.py saved, to replay instead of training one")
+    parser.add_argument("--data-path", metavar="PREFIX",
+                        help="with --load: text made with the checkpoint's tokenizer (default: this tool's own)")
     parser.add_argument("--base-steps", type=int, default=BASE_STEPS, metavar="N",
                         help=f"steps of the training before (default: {BASE_STEPS})")
     parser.add_argument("--input", nargs="+", default=[stdlib_directory()], metavar="PATH",
@@ -75,6 +78,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.factor is not None and args.scenario not in FACTORS:
         parser.error(f"--factor belongs to --scenario {' or '.join(FACTORS)}")
+    if args.data_path and not args.load:
+        parser.error("--data-path needs --load")
     if args.weights and not args.shape:
         parser.error("--weights needs --shape")
     if args.base_steps < 1 or args.workers < 1:
@@ -82,8 +87,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def trained_model(args: argparse.Namespace) -> tuple[list[object], Path, int]:
-    """Flags of the data, directory of the trained checkpoint, and its iteration; made now unless they are there."""
+def trained_model(
+    args: argparse.Namespace, data: list[object] | None = None
+) -> tuple[list[object], Path, int]:
+    """Flags of the data, directory of the trained checkpoint, and its iteration; made now unless they are there.
+
+    `data`: flags of other data, with --load."""
     import_once()
     from megatron_geoscale.training.checkpointing import latest_iteration
 
@@ -91,7 +100,7 @@ def trained_model(args: argparse.Namespace) -> tuple[list[object], Path, int]:
         iteration = latest_iteration(str(args.load))
         if not iteration:
             raise ValueError(f"--load {args.load} holds no trained checkpoint")
-        return data_flags(args.output / "data", args.input), args.load, iteration
+        return data or data_flags(args.output / "data", args.input), args.load, iteration
     data, base = data_flags(args.output / "data", args.input), args.output / f"base-{args.base_steps}"
     if latest_iteration(str(base)) != args.base_steps:
         flags = [*training_flags(args.base_steps), *data, "--geoscale-recipe", REFERENCE, "--lr-warmup-fraction", 0.1,
@@ -102,15 +111,18 @@ def trained_model(args: argparse.Namespace) -> tuple[list[object], Path, int]:
 
 def replay(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run what is asked for, write plots, and sum it up."""
-    data, base, iteration = trained_model(args)
+    from megatron_geoscale.training.checkpoint_args import saved_flags
+
+    data, base, iteration = trained_model(args, ["--data-path", args.data_path] if args.data_path else None)
     scenarios = [args.scenario] if args.scenario else list(SCENARIOS)
     recipes = [args.recipe] if args.recipe else list(RECIPES)
+    model = saved_flags(str(args.load)) if args.load is not None else None
     jobs = {}
     for scenario in scenarios:
         for recipe in (REFERENCE, *recipes):
             factor = args.factor if args.factor is not None else FACTORS.get(scenario, 1.0)
             flags = replay_flags(scenario, recipe, base=base, base_steps=iteration, factor=factor,
-                                 logits_dtype=args.logits_dtype, overflow=args.overflow)  # fmt: skip
+                                 logits_dtype=args.logits_dtype, overflow=args.overflow, model=model)  # fmt: skip
             jobs[f"{scenario}-{recipe}"] = [*flags, *data]
     records = run_all(jobs, args.output / "runs", workers=args.workers, title="replaying")
     summaries = []

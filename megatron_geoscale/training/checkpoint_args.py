@@ -47,9 +47,7 @@ def parse_with_checkpoint_args(parser: argparse.ArgumentParser, argv: Sequence[s
     names = checkpoint_flags()
     typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))  # None: not typed
     directory, saved = saved_args(typed)
-    decided = {name: getattr(saved, name) for name in names if hasattr(saved, name)}
-    if decided.get("multi_latent_attention"):
-        del decided["kv_channels"]  # follows from --v-head-dim, and must not be given beside it
+    decided = _decided(saved, names)
     if not typed.use_tokenizer_model_from_checkpoint_args and typed.tokenizer_model is not None:
         decided.pop("tokenizer_model", None)
 
@@ -67,6 +65,21 @@ def parse_with_checkpoint_args(parser: argparse.ArgumentParser, argv: Sequence[s
                 print(f"--use-checkpoint-args: {flag(name)} is {_text(after)} as in {directory}, not {_text(before)}",
                       flush=True)
     return args
+
+
+def saved_flags(load: str) -> list[str]:
+    """The latest checkpoint's model, sequence length, tokenizer and vocabulary as a command line; `load` is --load's
+    directory. Raises ValueError as `saved_args`."""
+    wanted = argparse.Namespace(load=load, ckpt_step=None, exit_on_missing_checkpoint=True, finetune=False)
+    _, saved = saved_args(wanted)
+    return [word for name, value in _decided(saved, checkpoint_flags()).items() for word in _words(name, value)]
+
+
+def _decided(saved: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    decided = {name: getattr(saved, name) for name in names if hasattr(saved, name)}
+    if decided.get("multi_latent_attention"):
+        del decided["kv_channels"]  # follows from --v-head-dim, and must not be given beside it
+    return decided
 
 
 def _words(name: str, value: Any) -> list[str]:

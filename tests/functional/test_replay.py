@@ -100,9 +100,20 @@ def test_another_checkpoint_and_other_settings(toy, output, tmp_path):
     assert delayed["nonfinite"] >= 8 and delayed["final_loss"] == "nan"
 
 
+def test_another_model_with_its_own_data(output, tmp_path):
+    """A GPT-2-like checkpoint of the null tokenizer: nothing of the tool's own model or text is used."""
+    from tests.functional.common import base, corpus, succeed
+
+    succeed(base("--train-iters 2 --init-method-std 0.2 --save", tmp_path, model="gpt2"))
+    found = replay(output, "--recipe", "delayed", "--load", str(tmp_path), "--data-path", str(corpus()))
+    assert found["saturated_values"] > 0 and found["worst_overrange"] > 3
+    log = (output / "runs" / "weight_spike-delayed.log").read_text()
+    assert "--num-layers=2" in log and "--tokenizer-type=NullTokenizer" in log and "swiglu" not in log
+
+
 @pytest.mark.parametrize("flags, word", [
     (["--factor", "3"], "--factor"), (["--scenario", "fire"], "--scenario"), (["--load", "/nowhere"], "/nowhere"),
-    (["--base-steps", "0"], "--base-steps"),
+    (["--base-steps", "0"], "--base-steps"), (["--data-path", "x"], "--load"), (["--weights", "x"], "--shape"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(flags, word, output):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
