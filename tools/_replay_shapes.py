@@ -32,7 +32,8 @@ from megatron_geoscale.scaling.layer_bounds import bound_heads
 from megatron_geoscale.scaling.slot_scales import TableScaler, scales_from_bounds
 from megatron_geoscale.scaling.slots import SLOTS
 from megatron_geoscale.scaling.table import BOUNDS, ScaleTable
-from megatron_geoscale.spectral import Moments, Projections, converge, gram_norm, start_vectors
+from megatron_geoscale.spectral.gram import norm_of_grams
+from megatron_geoscale.spectral.moments import Moments
 
 HISTORY, AFTER, BURN_IN = 4, 2, 2
 
@@ -41,22 +42,18 @@ class Predicted:
     """A geometric recipe's scales for one layer, without an engine around it."""
 
     def __init__(
-        self, geometry: AttentionGeometry, config: GeoScaleConfig, num_layers: int, number: int, device: torch.device
+        self, geometry: AttentionGeometry, config: GeoScaleConfig, num_layers: int, device: torch.device
     ) -> None:
-        self.geometry, self.config, self.num_layers, self.number = geometry, config, num_layers, number
+        self.geometry, self.config, self.num_layers = geometry, config, num_layers
         self.table, self.gauge = ScaleTable(1, device), SlotGauge(1, device)
         self.calibrator = Calibrator(1, config, device) if config.calibrated_slots else None
         gauges = [self.gauge] if self.calibrator is None else [self.gauge, self.calibrator.gauge]
         self.scaler = TableScaler(self.table, gauges, 0, geometry)
 
-    def refresh(self, p: Projections, moments: Moments) -> None:
-        """As `GeoScaleEngine.refresh`, whose power iteration converges where weights have jumped, as they have here."""
-        if self.config.estimator == "power":
-            heads = range(self.geometry.num_heads)
-            start = start_vectors(self.geometry.hidden_size, layer=self.number, heads=heads).to(p.q.device)
-            sigma = converge(p.q, p.k, start, granularity="head")[0]
-        else:
-            sigma = gram_norm(p.q, p.k, grams=(moments.q, moments.k))
+    def refresh(self, moments: Moments) -> None:
+        """As `GeoScaleEngine.refresh`. Where weights jump, as here, its power iteration converges to the norm, so
+        `paper` gets the norm too, without hundreds of steps."""
+        sigma = norm_of_grams(moments.q, moments.k)
         bounds = bound_heads(self.geometry, moments, sigma, None, self.config, num_layers=self.num_layers)
         self._swap(torch.stack([bounds[name].max() for name in BOUNDS])[None])
 
@@ -111,7 +108,7 @@ def replay_layer(
     for recipe in recipes:
         config = GeoScaleConfig(recipe=recipe, burn_in_steps=BURN_IN, logits_dtype=logits_dtype)
         scalings[recipe] = (
-            Predicted(geometry, config, shape.layers, layer, device) if recipe in GEOMETRIC_RECIPES
+            Predicted(geometry, config, shape.layers, device) if recipe in GEOMETRIC_RECIPES
             else DelayedScaling(1, device=device) if recipe == "delayed" else CurrentScaling(1, device=device)
         )
     steps: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
@@ -120,8 +117,8 @@ def replay_layer(
     for step, weights in enumerate(weights_of_steps(scenario, trained, shape, layer, factor), start=1):
         changed = weights is not current
         if changed:
-            current, p = weights, weights.projections()
-            moments = Moments.of(p, with_cross="rank_aware" in recipes)
+            current = weights
+            moments = Moments.of(weights.projections(), with_cross="rank_aware" in recipes)
         q, k, v = qkv(shape, weights, draw_tokens(shape, layer, step, tokens, device))
         gradient = torch.randn(q.flatten(2).shape, generator=generator("gradient", layer, step)).to(q).view_as(q)
         exact = F.scaled_dot_product_attention(
@@ -130,7 +127,7 @@ def replay_layer(
         for recipe, scaling in scalings.items():
             predicted = isinstance(scaling, Predicted)
             if predicted and changed:
-                scaling.refresh(p, moments)
+                scaling.refresh(moments)
             with torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in (q, k, v)]
                 out = fp8_attention(
