@@ -146,6 +146,7 @@ def replay_layer(
 
 
 def _measured(gauge: SlotGauge, powers: Powers, logits_dtype: str) -> dict[str, Any]:
+    """Plain numbers: a small tensor that is kept would hold the heap above it, gigabytes over many steps."""
     bounded = [SLOTS.index(slot) for slot in ("qkv", "o", *(["logits"] if logits_dtype == "fp8" else []))]
     return {
         "saturated": int(gauge.saturated.sum()),
@@ -153,7 +154,7 @@ def _measured(gauge: SlotGauge, powers: Powers, logits_dtype: str) -> dict[str, 
         "overrange": float(gauge.overrange.nan_to_num(nan=math.inf).max()),
         "utilization": float(gauge.overrange[0, SLOTS.index("qkv")]),
         "utilization_max": float(gauge.overrange[0, bounded].nan_to_num(nan=math.inf).max()),
-        "powers": powers,
+        "powers": (float(powers.signal), float(powers.noise)),
         "nonfinite": not bool(torch.isfinite(powers.noise)),
     }
 
@@ -164,7 +165,7 @@ def summarize(scenario: str, recipe: str, layers: Sequence[Sequence[dict[str, An
     saturated = [sum(layer["saturated"] for layer in step) for step in steps]
     everything = [entry for step in steps for entry in step]
     at_transient = [layer["powers"] for layer in steps[transient_of(scenario) - 1]]
-    powers = Powers(*(torch.stack(part).sum() for part in zip(*at_transient)))
+    powers = Powers(*(torch.tensor(math.fsum(part), dtype=torch.float64) for part in zip(*at_transient)))
     return {
         "scenario": scenario,
         "recipe": recipe,

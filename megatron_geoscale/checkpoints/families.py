@@ -20,6 +20,8 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 """Kinds of rotary embedding that turn pairs and, apart from YaRN's factor, do nothing else."""
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
 MODEL_TYPES = ("gpt2", *_LLAMA_LIKE)
+_FFN_HIDDEN_SIZE = dict(zip(_LLAMA_LIKE, (11008, 14336, 22016, 22016, 14336)))
+_RMS_NORM_EPS = dict(zip(_LLAMA_LIKE, (1e-6, 1e-6, 1e-6, 1e-6, 1e-5)))
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class Family:
     tied_embeddings: bool
     sliding_window: int | None
     attention_dropout: float
+    ffn_hidden_size: int
+    """Of an expert, in a mixture of experts."""
+    norm_epsilon: float
+    activation: str
+    """transformers' name of what the MLP applies, gated in all families but GPT-2."""
+    mlp_bias: bool
     scales_logits: bool = True
     """Whether logits are divided by sqrt(head_dim), and by the layer number too (`scales_by_layer`)."""
     scales_by_layer: bool = False
@@ -84,7 +92,11 @@ class Family:
         """What stands before the decoder's tensor names in a checkpoint that holds `names`: a model saved without its
         head has no prefix."""
         prefix = "transformer." if self.is_fused else "model."
-        return prefix if prefix + _layer_stem(self, 0) + _norm_name(self) + ".weight" in names else ""
+        return prefix if self.layer_stem(1, prefix) + _norm_name(self) + ".weight" in names else ""
+
+    def layer_stem(self, layer: int, prefix: str = "") -> str:
+        """What the tensor names of layer `layer`, from 1, begin with."""
+        return f"{prefix}h.{layer - 1}." if self.is_fused else f"{prefix}layers.{layer - 1}."
 
     def attention(self, layer: int, prefix: str = "") -> dict[str, Stored]:
         """The tensors in front of attention in layer `layer`, from 1, by what they are.
@@ -92,7 +104,7 @@ class Family:
         `gain`, and under LayerNorm `shift`; then `qkv` and `qkv_bias` where `is_fused`, else `q`, `k`, `v` and their
         `_bias` where there are biases; `q_norm` and `k_norm` where queries and keys are normalised.
         """
-        stem = prefix + _layer_stem(self, layer - 1)
+        stem = self.layer_stem(layer, prefix)
         d, norm = self.hidden_size, stem + _norm_name(self)
         found = {"gain": Stored(norm + ".weight", (d,))}
         if self.is_fused:
@@ -109,10 +121,6 @@ class Family:
             for letter in ("q", "k"):
                 found[letter + "_norm"] = Stored(f"{stem}self_attn.{letter}_norm.weight", (self.head_dim,))
         return found
-
-
-def _layer_stem(family: Family, index: int) -> str:
-    return f"h.{index}." if family.is_fused else f"layers.{index}."
 
 
 def _norm_name(family: Family) -> str:
@@ -160,6 +168,10 @@ def _gpt2(config: _Config) -> Family:
         tied_embeddings=config.flag("tie_word_embeddings", True),
         sliding_window=None,
         attention_dropout=config.probability("attn_pdrop", 0.1),
+        ffn_hidden_size=4 * hidden if config.get("n_inner") is None else config.size("n_inner"),
+        norm_epsilon=config.positive("layer_norm_epsilon", config.get("layer_norm_epsilon", 1e-5)),
+        activation=config.get("activation_function", "gelu_new"),
+        mlp_bias=True,
         scales_logits=config.flag("scale_attn_weights", True),
         scales_by_layer=config.flag("scale_attn_by_inverse_layer_idx", False),
     )
@@ -193,6 +205,10 @@ def _llama_like(config: _Config, model_type: str) -> Family:
         tied_embeddings=config.flag("tie_word_embeddings", False),
         sliding_window=_sliding_window(config, model_type),
         attention_dropout=config.probability("attention_dropout", 0.0),
+        ffn_hidden_size=config.size("intermediate_size", _FFN_HIDDEN_SIZE[model_type]),
+        norm_epsilon=config.positive("rms_norm_eps", config.get("rms_norm_eps", _RMS_NORM_EPS[model_type])),
+        activation=config.get("hidden_act", "silu"),
+        mlp_bias=model_type == "llama" and config.flag("mlp_bias", False),
     )
 
 

@@ -15,6 +15,8 @@ import torch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Floats that hold weights as they are, by safetensors' names."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -29,6 +31,7 @@ class SafetensorsDirectory:
         self.directory = directory
         self._file_of = self._find()
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for file in sorted(set(self._file_of.values())):
             self._read_shapes(file)
         for name, file in self._file_of.items():
@@ -47,6 +50,13 @@ class SafetensorsDirectory:
         if name not in self._shapes:
             raise ValueError(f"{self.directory} holds no tensor {name}")
         return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor, from its file's header. ValueError where it is no plain float, or where there is no tensor."""
+        self.shape(name)
+        if self._dtypes[name] not in DTYPES:
+            raise ValueError(f"{name} is stored as {self._dtypes[name]}: quantized weights are not supported")
+        return DTYPES[self._dtypes[name]]
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype; its pages are read from the file as they are used."""
@@ -87,7 +97,8 @@ class SafetensorsDirectory:
         with _opened(self.directory / name) as file:
             for key in file.keys():  # noqa: SIM118
                 if self._file_of.get(key) == name:
-                    self._shapes[key] = tuple(file.get_slice(key).get_shape())
+                    header = file.get_slice(key)
+                    self._shapes[key], self._dtypes[key] = tuple(header.get_shape()), header.get_dtype()
 
 
 @contextmanager

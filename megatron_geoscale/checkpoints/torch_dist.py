@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from enum import Enum
@@ -76,27 +76,42 @@ class TorchDistDirectory:
     def __contains__(self, name: str) -> bool:
         return isinstance(self._metadata.state_dict_metadata.get(name), TensorStorageMetadata)
 
+    def names(self) -> list[str]:
+        """Of all tensors, those of an optimizer too."""
+        return [name for name in self._metadata.state_dict_metadata if name in self]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a whole tensor, layers included. ValueError where there is no such tensor."""
         return tuple(self._tensor_metadata(name).size)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a whole tensor, as stored. ValueError where there is no such tensor."""
+        dtype: torch.dtype = self._tensor_metadata(name).properties.dtype
+        return dtype
+
     def layer(self, name: str, row: int) -> torch.Tensor:
         """Row `row` (from 0) of a tensor [num_layers, ...], in its stored dtype; the chunks of other rows stay unread.
         """
+        shape = self.shape(name)
+        return self.block(name, (row,) + (0,) * (len(shape) - 1), (1, *shape[1:]))[0]
+
+    def block(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """The part [sizes] of a tensor that begins at `offsets`, in its stored dtype; only the chunks that hold some of
+        it are read. ValueError where some of it is in no chunk."""
         metadata = self._tensor_metadata(name)
-        size = torch.Size([1, *metadata.size[1:]])
+        size = torch.Size(sizes)
         target = torch.empty(size, dtype=metadata.properties.dtype)
-        chunk = ChunkStorageMetadata(offsets=torch.Size([row] + [0] * (len(size) - 1)), sizes=size)
+        chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=size)
         with self._reading(name):
             items = create_read_items_for_chunk_list(name, metadata, [chunk])
             if sum(item.lengths.numel() for item in items) != size.numel():
-                raise ValueError(f"chunks of layer {row + 1} are missing")
+                raise ValueError(f"chunks of {list(sizes)} from {list(offsets)} on are missing")
             for item in items:
                 path = self._reader.storage_data[item.storage_index].relative_path
                 if Path(path).name != path:
                     raise ValueError(f"{path} is not a file of this directory")
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
-        return target[0]
+        return target
 
     def _tensor_metadata(self, name: str) -> TensorStorageMetadata:
         if name not in self:

@@ -19,6 +19,8 @@ from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.tokenizers import MegatronTokenizer
 
+from megatron_geoscale.training.model_arguments import padded_vocab_size as padded_vocab_size
+
 _LIBRARIES = {
     "SentencePieceTokenizer": "sentencepiece",
     "Llama2Tokenizer": "sentencepiece",
@@ -46,12 +48,6 @@ def build_tokenizer(tokenizer_type: str, model: str | None, vocab_size: int | No
             f"{tokenizer.vocab_size} tokens"
         )
     return tokenizer
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
-    """Vocabulary padded, as Megatron does, so that every tensor-parallel rank holds an equal, aligned share."""
-    multiple = divisible_by * tensor_parallel_size
-    return -(-vocab_size // multiple) * multiple
 
 
 def check_indexed_dataset(prefix: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_geoscale.scaling.layers import AttentionLayer
+if TYPE_CHECKING:  # tools parse pretrain.py's flags without megatron-core
+    from megatron.core.optimizer import MegatronOptimizer
+
+    from megatron_geoscale.scaling.layers import AttentionLayer
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.utils import openai_gelu
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from megatron_geoscale import cpu
@@ -40,7 +41,7 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         "layernorm_epsilon": args.norm_epsilon,
         "layernorm_zero_centered_gamma": args.apply_layernorm_1p,
         "gated_linear_unit": args.swiglu,
-        "activation_func": F.silu if args.swiglu else F.gelu,
+        "activation_func": F.silu if args.swiglu else openai_gelu if args.openai_gelu else F.gelu,
         "add_bias_linear": not args.disable_bias_linear,
         "add_qkv_bias": args.add_qkv_bias,
         "qk_layernorm": args.qk_layernorm,

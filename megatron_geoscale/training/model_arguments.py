@@ -21,6 +21,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
+    """Vocabulary padded, as Megatron does, so that every tensor-parallel rank holds an equal, aligned share."""
+    multiple = divisible_by * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     """The model's flags."""
     group = parser.add_argument_group("network size")
@@ -45,6 +51,7 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     add("--norm-epsilon", type=float, default=1e-5)
     add("--apply-layernorm-1p", action="store_true", help="norm gain is 1 + weight")
     add("--swiglu", action="store_true")
+    add("--openai-gelu", action="store_true", help="GELU by tanh, as GPT-2 has it")
     add("--untie-embeddings-and-output-weights", action="store_true")
     add("--disable-bias-linear", action="store_true")
     add("--add-qkv-bias", action="store_true")
