@@ -38,8 +38,8 @@ DEMO = """
     --seq-length 256 --micro-batch-size 4 --vocab-size 4096
 """
 LLAMA_2_7B_LAYER = """
-    --num-layers 1 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32
-    --seq-length 2048 --micro-batch-size 1 --vocab-size 128
+    --num-layers 1 --hidden-size {hidden} --ffn-hidden-size {ffn} --num-attention-heads {heads} --kv-channels 128
+    --seq-length {length} --micro-batch-size 1 --vocab-size 128
 """
 RECIPES = {
     "refresh, certified": ("--geoscale-recipe", "certified"),
@@ -54,7 +54,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_argument("--rounds", type=int, default=3, help="of the 7B-shaped layer (default: 3)")
     options.add_argument("--demo-rounds", type=int, default=10, help="of the demo's model (default: 10)")
     options.add_argument("--bf16", action="store_true", help="weights and arithmetic of the models in bfloat16")
-    options.add_argument("--skip-7b", action="store_true", help="the demo's model alone")
+    options.add_argument("--shrink", type=int, default=1, metavar="N",
+                         help="divide the sizes of the 7B-shaped layer, its heads too, by N, to try the script")
     return options.parse_args(argv)
 
 
@@ -106,7 +107,7 @@ def _config(flags: tuple[str, ...]) -> Any:
 class Layer:
     """One Megatron layer of Llama-2-7B's shape with FP8 attention, in a GPT whose vocabulary is next to nothing."""
 
-    def __init__(self, precision: list[str]) -> None:
+    def __init__(self, precision: list[str], shrink: int) -> None:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -115,7 +116,9 @@ class Layer:
         from megatron_geoscale.training.model import transformer_config
         from megatron_geoscale.training.norm import use_torch_norm
 
-        args = parse_args([*(LLAMA + LLAMA_2_7B_LAYER).split(), *precision])
+        sizes = {"hidden": 4096, "ffn": 11008, "heads": 32, "length": 2048}
+        shape = LLAMA_2_7B_LAYER.format(**{name: size // shrink for name, size in sizes.items()})
+        args = parse_args([*(LLAMA + shape).split(), *precision])
         config = transformer_config(args)
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=args.normalization)
         gpt = GPTModel(
@@ -168,27 +171,28 @@ class Layer:
         output.backward(self.gradient)
 
 
-def layer_of_7b(precision: list[str], rounds: int) -> list[dict[str, Any]]:
+def layer_of_7b(precision: list[str], rounds: int, shrink: int) -> list[dict[str, Any]]:
     """One Llama-2-7B-shaped layer: norms, parts of a refresh and whole refreshes against forward and backward."""
     from megatron_geoscale.bounds.rotary import rotary_norm_bound
     from megatron_geoscale.spectral import gram, gram_norm, power_iteration
 
     case = "7B-shaped layer"
     progress(f"{case}: building it")
-    layer = Layer(precision)
+    layer = Layer(precision, shrink)
+    heads = f"norms of {layer.attention.num_heads} heads"
     p = layer.attention.projections()
     grams = gram(p.q), gram(p.k)
     starts = {granularity: layer.start(granularity) for granularity in ("head", "layer")}
     others: dict[str, Callable[[], Any]] = {
-        "norms of 32 heads, Gram": lambda: gram_norm(p.q, p.k),
-        "norms of 32 heads, one power step": lambda: power_iteration(p.q, p.k, starts["head"], 1, granularity="head"),
+        f"{heads}, Gram": lambda: gram_norm(p.q, p.k),
+        f"{heads}, one power step": lambda: power_iteration(p.q, p.k, starts["head"], 1, granularity="head"),
         "norm of the layer, one power step": lambda: power_iteration(p.q, p.k, starts["layer"], 1, granularity="layer"),
-        "norms of 32 heads, QR and SVD of R_A R_B^T": lambda: svd_of_triangles(p.q, p.k),
+        f"{heads}, QR and SVD of R_A R_B^T": lambda: svd_of_triangles(p.q, p.k),
         "part: folded projections in float64": layer.attention.projections,
         "part: Gram matrices of Q, K and V": lambda: (gram(p.q), gram(p.k), gram(p.v)),
         "part: norms from Gram matrices": lambda: gram_norm(p.q, p.k, grams=grams),
         "part: rotation-safe bound from Gram matrices": lambda: rotary_norm_bound(
-            p.q, p.k, rotary_dim=layer.attention.rotary_dim, grams=grams
+            p.q, p.k, rotary_dim=layer.attention.geometry.rotary_dim, grams=grams
         ),
         **{what: engine.refresh for what, engine in layer.engines.items()},
     }
@@ -202,8 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     precision = ["--bf16"] if options.bf16 else []
     with megatron_on_one_rank():
         rows = demo_model(precision, options.demo_rounds)
-        if not options.skip_7b:
-            rows += layer_of_7b(precision, options.rounds)
+        rows += layer_of_7b(precision, options.rounds, options.shrink)
     print(f"{machine_line(about)} {about['weights']} weights. Shares are of the first row of each case.\n")
     print(shares(rows))
     write_json(options.json, about, {"rows": rows})

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = {
-    "refresh.py": ["--skip-7b", "--demo-rounds", "1"],
+    "refresh.py": ["--shrink", "16", "--rounds", "1", "--demo-rounds", "1"],
     "growth.py": [
         *("--shrink", "16", "--rounds", "2", "--layers", "1", "3", "--heads", "2", "4", "--tensor-parallel", "4", "8"),
         *("--dense-hidden", "96"),
@@ -58,10 +58,11 @@ def test_markdown_on_stdout_and_the_machine_in_both(runs, script):
 
 def test_refresh(runs):
     rows = runs["refresh.py"][1]["rows"]
-    assert [row["what"] for row in rows[1:]] == [
-        "refresh, certified", "refresh, paper", "refresh, paper, layer granularity",
-    ]  # fmt: skip
-    assert rows[0]["share"] == 1.0 and all(row["share"] > 0 and row["ms"] > 0 for row in rows)
+    recipes = ["refresh, certified", "refresh, paper", "refresh, paper, layer granularity"]
+    demo, layer = ([row for row in rows if row["case"] == case] for case in ("demo model", "7B-shaped layer"))
+    assert [row["what"] for row in demo[1:]] == recipes and [row["what"] for row in layer[-3:]] == recipes
+    assert len(demo) + len(layer) == len(rows) and layer[1]["what"] == "norms of 2 heads, Gram"
+    assert demo[0]["share"] == layer[0]["share"] == 1.0 and all(row["share"] > 0 and row["ms"] > 0 for row in rows)
 
 
 def test_growth(runs):
