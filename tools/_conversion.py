@@ -70,8 +70,7 @@ def import_model(
     # Without tokenizer for now: what is wrong with the model or the layout is known before anything is written.
     args = _parse([*flags, *_null_tokenizer(family)], tensor_parallel * pipeline_parallel)
     padded = padded_vocab_size(family.vocab_size, args.make_vocab_size_divisible_by, tensor_parallel)
-    parts = model_parts(family, padded_vocab_size=padded, prefix=family.prefix(tensors))
-    _check_tensors(parts, tensors, source)
+    parts = _described(model_parts(family, padded_vocab_size=padded, prefix=family.prefix(tensors)), tensors, source)
     dtypes = [dtype or _common_dtype(part, tensors) for part in parts]
 
     with staged(target) as folder:
@@ -138,16 +137,21 @@ def _tokenizer(copied: Path, final: Path, family: Family, source: Path) -> tuple
     return flags, size
 
 
-def _check_tensors(parts: Sequence[Part], tensors: SafetensorsDirectory, source: Path) -> None:
-    stated = {stored.name: stored.shape for part in parts for stored in part.sources}
-    for name, shape in stated.items():
-        if tensors.shape(name) != shape:
-            raise ValueError(f"{name} has shape {list(tensors.shape(name))}, and {source / CONFIG} makes it "
-                             f"{list(shape)}")
-        tensors.dtype(name)
+def _described(parts: Iterator[Part], tensors: SafetensorsDirectory, source: Path) -> list[Part]:
+    """`parts`, if they are what `tensors` holds. The first that is not there ends it, however many are promised."""
+    found, names = [], {"lm_head.weight"}  # which a tied model may hold too
+    for part in parts:
+        for stored in part.sources:
+            if tensors.shape(stored.name) != stored.shape:
+                raise ValueError(f"{stored.name} has shape {list(tensors.shape(stored.name))}, and {source / CONFIG} "
+                                 f"makes it {list(stored.shape)}")
+            tensors.dtype(stored.name)
+            names.add(stored.name)
+        found.append(part)
     for name in tensors.names():
-        if name not in stated and name != "lm_head.weight" and not name.endswith(_BUFFERS):
+        if name not in names and not name.endswith(_BUFFERS):
             raise ValueError(f"{source} holds {name}, which {CONFIG} says nothing of")
+    return found
 
 
 def _common_dtype(part: Part, tensors: SafetensorsDirectory) -> torch.dtype:
@@ -166,10 +170,9 @@ def _merge(part: Part, tensors: SafetensorsDirectory, dtype: torch.dtype, done: 
 
 
 def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, or ValueError. In pieces: a test of the whole would need as much memory again."""
-    for piece in tensor.reshape(-1).split(2**22):
-        if not piece.isfinite().all():
-            raise ValueError(f"{name} holds values that are NaN or infinite in {_dtype_name(tensor.dtype)}")
+    """`tensor`, or ValueError."""
+    if not all(bound.isfinite() for bound in tensor.aminmax()):  # which keep a NaN, and need no memory
+        raise ValueError(f"{name} holds values that are NaN or infinite in {_dtype_name(tensor.dtype)}")
     return tensor
 
 
@@ -208,8 +211,7 @@ def export_model(source: Path, target: Path, *, dtype: torch.dtype | None) -> st
     tokenizers.append(directory.parent / TOKENIZER)  # it may have been moved together with the checkpoint
     family, base = _original(family, args, tokenizers)
     prefix = "transformer." if family.is_fused else "model."
-    parts = model_parts(family, padded_vocab_size=args.padded_vocab_size, prefix=prefix)
-    _check_stacked(parts, tensors, directory)
+    parts = _stacked(model_parts(family, padded_vocab_size=args.padded_vocab_size, prefix=prefix), tensors, directory)
     dtypes = [dtype or tensors.dtype(part.key) for part in parts]
     entries = [Entry(stored.name, stored.shape, each) for part, each in zip(parts, dtypes) for stored in part.sources]
 
@@ -245,18 +247,22 @@ def _original(family: Family, args: Namespace, folders: Sequence[Path]) -> tuple
     return family, {}
 
 
-def _check_stacked(parts: Sequence[Part], tensors: torch_dist.TorchDistDirectory, directory: Path) -> None:
-    stated = {part.key: part.shape for part in parts}
-    for name, shape in stated.items():
-        if tensors.shape(name) != shape:
-            raise ValueError(f"{directory}: {name} has shape {list(tensors.shape(name))}, and the saved flags make it "
-                             f"{list(shape)}")
-        if tensors.dtype(name) not in DTYPES.values():
-            raise ValueError(f"{directory}: {name} is stored as {_dtype_name(tensors.dtype(name))}: quantized weights "
-                             "are not supported")
+def _stacked(parts: Iterator[Part], tensors: torch_dist.TorchDistDirectory, directory: Path) -> list[Part]:
+    """`parts`, if they are what `tensors` holds."""
+    found, names = [], set()
+    for part in parts:
+        if tensors.shape(part.key) != part.shape:
+            raise ValueError(f"{directory}: {part.key} has shape {list(tensors.shape(part.key))}, and the saved flags "
+                             f"make it {list(part.shape)}")
+        if tensors.dtype(part.key) not in DTYPES.values():
+            raise ValueError(f"{directory}: {part.key} is stored as {_dtype_name(tensors.dtype(part.key))}: quantized "
+                             "weights are not supported")
+        found.append(part)
+        names.add(part.key)
     for name in tensors.names():
-        if name.startswith(("embedding.", "decoder.", "output_layer.")) and name not in stated:
+        if name.startswith(("embedding.", "decoder.", "output_layer.")) and name not in names:
             raise ValueError(f"{directory} holds {name}, which has no counterpart in the supported families")
+    return found
 
 
 def _split(part: Part, tensors: torch_dist.TorchDistDirectory, dtype: torch.dtype, done: Any) -> Iterator[torch.Tensor]:

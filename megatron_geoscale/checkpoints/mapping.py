@@ -54,7 +54,7 @@ class Part:
         return [piece.contiguous() for piece in self.split(whole)]
 
 
-def model_parts(family: Family, *, padded_vocab_size: int, prefix: str) -> list[Part]:
+def model_parts(family: Family, *, padded_vocab_size: int, prefix: str) -> Iterator[Part]:
     """All parts of a model, in the order of its layers.
 
     `padded_vocab_size`: rows of Megatron's embedding, those beyond `family.vocab_size` zero. `prefix` as
@@ -66,17 +66,16 @@ def model_parts(family: Family, *, padded_vocab_size: int, prefix: str) -> list[
     vocab = _padding(family.vocab_size, padded_vocab_size)
     d, rows = family.hidden_size, (family.vocab_size, padded_vocab_size)
     embedding = Stored(f"{prefix}{names['embedding']}.weight", (rows[0], d))
-    parts = [_whole("embedding.word_embeddings.weight", (rows[1], d), embedding, *vocab)]
+    yield _whole("embedding.word_embeddings.weight", (rows[1], d), embedding, *vocab)
     if family.rope is None:
         shape = (family.max_positions, d)
-        parts.append(_whole("embedding.position_embeddings.weight", shape, Stored(f"{prefix}wpe.weight", shape)))
+        yield _whole("embedding.position_embeddings.weight", shape, Stored(f"{prefix}wpe.weight", shape))
     for number in range(1, family.num_layers + 1):
-        parts += _Layer(family, number, prefix).parts()
+        yield from _Layer(family, number, prefix).parts()
     for kind in ("weight", "bias")[: 2 if family.norm == "LayerNorm" else 1]:
-        parts.append(_whole(f"decoder.final_layernorm.{kind}", (d,), Stored(f"{prefix}{names['norm']}.{kind}", (d,))))
+        yield _whole(f"decoder.final_layernorm.{kind}", (d,), Stored(f"{prefix}{names['norm']}.{kind}", (d,)))
     if not family.tied_embeddings:
-        parts.append(_whole("output_layer.weight", (rows[1], d), Stored("lm_head.weight", (rows[0], d)), *vocab))
-    return parts
+        yield _whole("output_layer.weight", (rows[1], d), Stored("lm_head.weight", (rows[0], d)), *vocab)
 
 
 _GPT2_NAMES = {"embedding": "wte", "norm": "ln_f", "out": "attn.c_proj", "norm2": "ln_2", "fc2": "mlp.c_proj"}

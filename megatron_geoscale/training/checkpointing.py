@@ -60,6 +60,8 @@ _SHAPE_FLAGS = (
     "qk_pos_emb_head_dim",
     "v_head_dim",
     "apply_layernorm_1p",
+    "norm_epsilon",
+    "openai_gelu",
     "untie_embeddings_and_output_weights",
     "padded_vocab_size",
 )

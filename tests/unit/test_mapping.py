@@ -45,7 +45,7 @@ every_family = pytest.mark.parametrize("family", CONFIGS, indirect=True)
 
 
 def parts_of(family):
-    return model_parts(family, padded_vocab_size=PADDED, prefix="m.")
+    return list(model_parts(family, padded_vocab_size=PADDED, prefix="m."))
 
 
 def random_tensors(part, seed=0):
