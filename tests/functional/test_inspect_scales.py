@@ -5,77 +5,30 @@ import importlib
 import json
 import math
 import os
-import pickle
-import shutil
 import subprocess
 import sys
 import weakref
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import inspect_scales
-from _cli import describe
 from megatron_geoscale.bounds import rotary_norm_bound
 from megatron_geoscale.checkpoints import torch_dist
 from megatron_geoscale.checkpoints.attention_weights import open_checkpoint
 from megatron_geoscale.checkpoints.inspection import inspect_layers
 from megatron_geoscale.config import ESTIMATORS, GEOMETRIC_RECIPES, GRANULARITIES, GeoScaleConfig
 from tests.functional.common import base, succeed, train
+from tests.functional.inspected import FAMILIES, edited, saver
 from tests.harness import ROOT
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
-COMMON = dict(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
-              intermediate_size=32, num_key_value_heads=2)
-ROPE = dict(rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
-FAMILIES = {
-    "gpt2": ("GPT2", dict(vocab_size=64, n_embd=48, n_layer=2, n_head=4, n_positions=64)),
-    "gpt2-by-layer": ("GPT2", dict(vocab_size=64, n_embd=48, n_layer=2, n_head=4, n_positions=64,
-                                   scale_attn_by_inverse_layer_idx=True)),
-    "llama": ("Llama", COMMON | dict(attention_bias=True)),
-    "llama-3.1": ("Llama", COMMON | dict(rope_parameters=ROPE | dict(
-        rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0))),
-    "llama-yarn": ("Llama", COMMON | dict(rope_parameters=ROPE | dict(rope_type="yarn"))),
-    "llama-yarn-mscale": ("Llama", COMMON | dict(rope_parameters=ROPE | dict(
-        rope_type="yarn", mscale=1.5, mscale_all_dim=0.5))),
-    "mistral": ("Mistral", COMMON | dict(head_dim=20, sliding_window=8)),
-    "qwen2": ("Qwen2", COMMON | dict(tie_word_embeddings=True)),
-    "qwen3": ("Qwen3", COMMON | dict(head_dim=20)),
-    "qwen3-yarn": ("Qwen3", COMMON | dict(head_dim=20, rope_parameters=ROPE | dict(rope_type="yarn"))),
-    "mixtral": ("Mixtral", COMMON | dict(num_local_experts=2, num_experts_per_tok=1)),
-}
-
-
-@functools.cache
-def _model(family):
-    import transformers
-
-    name, fields = FAMILIES[family]
-    ends = dict(bos_token_id=None, eos_token_id=None, attn_implementation="eager")
-    torch.manual_seed(sum(map(ord, family)))
-    model = getattr(transformers, f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel")(
-        getattr(transformers, f"{name}Config")(**fields, **ends)
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += (0.1 if parameter.dim() > 1 else 0.3) * torch.randn_like(parameter)
-    return model.float().eval()
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """`saved(family)`: the model and the directory that transformers saved it to."""
-    folder = tmp_path_factory.mktemp("families")
-
-    @functools.cache
-    def save(family):
-        model = _model(family)
-        model.save_pretrained(folder / family)
-        return model, folder / family
-
-    return save
+    return saver(tmp_path_factory.mktemp("families"))
 
 
 def inspect(capsys, path, *flags):
@@ -315,16 +268,6 @@ def test_one_layer_is_read_at_a_time(megatron_checkpoint, saved, monkeypatch):
         assert len(list(inspect_layers(source, GeoScaleConfig()))) == 2 and len(alive) == 4
 
 
-def edited(saved, tmp_path, change, family="llama"):
-    """A copy of a family's directory whose tensors `change` has changed in place."""
-    _, path = saved(family)
-    copy = shutil.copytree(path, tmp_path / "copy")
-    tensors = load_file(copy / "model.safetensors")
-    change(tensors)
-    save_file(tensors, copy / "model.safetensors")
-    return copy
-
-
 def test_gain_outlier_is_a_warning(saved, capsys, tmp_path):
     def spike(tensors):
         tensors["model.layers.1.input_layernorm.weight"][5] = -90.0
@@ -399,127 +342,6 @@ def test_dtype_decides_what_rounding_may_add(saved, capsys, tmp_path):
     )
     assert without("scale_qkv", bf16) == without("scale_qkv", fp32)
     assert 1.02 < fp32["scale_qkv"] / bf16["scale_qkv"] < 1.05
-
-
-def remove_q(tensors):
-    del tensors["model.layers.1.self_attn.q_proj.weight"]
-
-
-def transpose_k(tensors):
-    name = "model.layers.1.self_attn.k_proj.weight"
-    tensors[name] = tensors[name].T.contiguous()
-
-
-def quantize_v(tensors):
-    name = "model.layers.0.self_attn.v_proj.weight"
-    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-
-
-def nan_in_k(tensors):
-    tensors["model.layers.1.self_attn.k_proj.weight"][13, 7] = float("nan")  # key/value head 1, for queries 2 and 3
-
-
-def infinite_gain(tensors):
-    tensors["model.layers.0.input_layernorm.weight"][0] = float("inf")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (remove_q, ("holds no tensor model.layers.1.self_attn.q_proj.weight",)),
-        (transpose_k, ("model.layers.1.self_attn.k_proj.weight has shape [48, 24]", "makes it [24, 48]")),
-        (quantize_v, ("model.layers.0.self_attn.v_proj.weight is stored as float8_e4m3fn",)),
-        (nan_in_k, ("non-finite attention weights in layer 2, head 2, W_K",)),
-        (infinite_gain, ("non-finite attention weights in layer 1, head 0, W_Q",)),
-    ],
-)
-def test_wrong_tensors(saved, tmp_path, change, words):
-    mistake(edited(saved, tmp_path, change), words=words)
-
-
-def mistake(path, *flags, words=()):
-    __tracebackhide__ = True
-    with pytest.raises((ValueError, OSError)) as error:
-        inspect_scales.main([str(path), *flags])
-    sentence = describe(error.value)
-    assert all(word in sentence for word in words), sentence
-    assert len(sentence) < 500
-
-
-def damage_metadata(path):
-    file = path / "iter_0000002" / ".metadata"
-    file.write_bytes(file.read_bytes()[:100])
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/never",)
-
-
-def evil_metadata(path):
-    (path / "iter_0000002" / ".metadata").write_bytes(pickle.dumps(Evil()))
-
-
-def evil_common(path):
-    torch.save({"args": Evil()}, path / "iter_0000002" / "common.pt")
-
-
-def truncate_chunks(path):
-    for file in (path / "iter_0000002").glob("*.distcp"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 8])
-
-
-def change_args(**values):
-    def change(path):
-        file = path / "iter_0000002" / "common.pt"
-        common = torch.load(file, weights_only=False)
-        for name, value in values.items():
-            setattr(common["args"], name, value)
-        torch.save(common, file)
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda path: (path / torch_dist.TRACKER).write_text("ten"), ("must hold an iteration number, not 'ten'",)),
-        (lambda path: (path / torch_dist.TRACKER).write_text("7"), ("names iteration 7", "iter_0000007 is not there")),
-        (lambda path: (path / "iter_0000002" / "common.pt").unlink(), ("it has no common.pt",)),
-        (damage_metadata, (".metadata cannot be read",)),
-        (evil_metadata, (".metadata cannot be read", "names posix.system")),
-        (evil_common, ("common.pt cannot be read",)),
-        (truncate_chunks, ("cannot be read",)),
-        (change_args(num_layers=3), ("has shape [2, ", "common.pt makes it [3, ")),
-        (change_args(hidden_size="big"), ("common.pt has 'big' for --hidden-size",)),
-        (change_args(multi_latent_attention=True), ("--multi-latent-attention",)),
-        (change_args(position_embedding_type="mrope"), ("--position-embedding-type mrope",)),
-    ],
-)
-def test_wrong_megatron_checkpoints(megatron_checkpoint, tmp_path, damage, words):
-    path, _ = megatron_checkpoint("gpt2")
-    copy = shutil.copytree(path, tmp_path / "copy")
-    damage(copy)
-    mistake(copy, words=words)
-
-
-def test_wrong_paths_and_flags(saved, tmp_path, capsys, monkeypatch):
-    _, path = saved("llama")
-    mistake(tmp_path / "nowhere", words=("nowhere does not exist",))
-    mistake(path / "model.safetensors", words=("is a file: give the directory",))
-    mistake(tmp_path, words=("holds neither config.json", "latest_checkpointed_iteration.txt"))
-    mistake(path, "--seq-length", "0", words=("--seq-length must be positive",))
-    mistake(path, "--margin", "2", words=("--margin must lie in (0, 1]",))
-    mistake(path, "--plot", "sigma.pdf", words=("--plot sigma.pdf must end in .png",))
-    mistake(path, "--plot", str(tmp_path / "no" / "sigma.png"), words=("its directory does not exist",))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    mistake(path, "--plot", "sigma.png", words=("megatron-geoscale[plot]",))
-    for flags in (("--recipe", "magic"), ("--estimator", "svd"), ("--granularity", "row"), ("--no-such-flag",)):
-        with pytest.raises(SystemExit) as end:
-            inspect_scales.main([str(path), *flags])
-        assert end.value.code == 2
-        (sentence,) = capsys.readouterr().err.splitlines()
-        assert sentence.startswith("inspect_scales.py: error: ") and flags[0] in sentence
 
 
 def test_as_a_user_runs_it(saved, tmp_path):
