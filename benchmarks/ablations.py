@@ -208,8 +208,8 @@ def tokens() -> Rows:
                 scaling: Any = DelayedScaling(1)
                 scaler = scaling.layer(0)
             else:
-                scaling = Predicted(geometry, config, shape.layers, 1, device)
-                scaling.refresh(p, moments)
+                scaling = Predicted(geometry, config, shape.layers, device)
+                scaling.refresh(moments)
                 scaler = scaling.scaler
             seen = []
             for tensors in made:
