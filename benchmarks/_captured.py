@@ -8,11 +8,9 @@ tensors under a recipe. The reference is attention in float64 on the same tensor
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,8 +255,6 @@ def in_model(flags: Sequence[object], checkpoint: Path, work: Callable[..., T], 
 
 def _work(sender: Any, flags: Sequence[object], checkpoint: Path, work: Callable[..., Any], arguments: Any) -> None:
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")  # of megatron-core's older tensors
-    logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         with megatron_on_one_rank():
             sender.send((work(Model(flags, checkpoint), *arguments), None))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import logging
 import os
 import platform
 import statistics
@@ -164,7 +163,7 @@ def megatron_on_one_rank(seed: int = 1234) -> Iterator[None]:
     """megatron-core on this process alone: one gloo group, seeds, quiet. Restores nothing but the process group."""
     from megatron_geoscale import cpu
 
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    cpu.quieten()
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve in a container
     cpu.install()

@@ -29,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +71,13 @@ gradients, for both travel between the same two ranks in one batch. The gradient
 
 _CPU = torch.device("cpu")
 _installed = False
+
+
+def quieten() -> None:
+    """Leave out megatron-core's words on what is not installed, and torch's on older sharded tensors."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def install() -> bool:

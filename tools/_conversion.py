@@ -35,6 +35,7 @@ from megatron_geoscale.checkpoints.mapping import EXTRA_STATES, Part, model_part
 from megatron_geoscale.checkpoints.safetensors_dir import DTYPES, SafetensorsDirectory, read_json
 from megatron_geoscale.checkpoints.torch_dist_writer import Chunk, write_torch_dist
 from megatron_geoscale.training.arguments import parse_args
+from megatron_geoscale.training.checkpoint_args import UNTRAINED, saveable
 from megatron_geoscale.training.model_arguments import padded_vocab_size
 
 CONFIG = "config.json"
@@ -96,11 +97,10 @@ def import_model(
 
 def _parse(flags: Sequence[str], processes: int) -> Namespace:
     """pretrain.py's namespace for a run that trains nothing; it takes the number of processes from the environment."""
-    unused = ["--mock-data", "--micro-batch-size", "1", "--train-iters", "0", "--lr", "1"]
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(processes)
     try:
-        return parse_args([*flags, *unused, "--no-save-optim", "--no-save-rng"])
+        return parse_args([*flags, *UNTRAINED, "--no-save-optim", "--no-save-rng"])
     finally:
         del os.environ["WORLD_SIZE"]
         if before is not None:
@@ -182,10 +182,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _common_state(args: Namespace) -> dict[str, Any]:
     """What training.checkpointing saves beside the tensors of a run that has not begun."""
-    kept = str | int | float | bool | tuple | None
-    flags = Namespace(**{name: value for name, value in vars(args).items() if isinstance(value, kept)})
     state = {"iteration": 0, "consumed_samples": 0, "skipped_iterations": 0}
-    return {"checkpoint_version": 3.0, "iteration": 0, "args": flags, "train_state": state}
+    return {"checkpoint_version": 3.0, "iteration": 0, "args": saveable(args), "train_state": state}
 
 
 def _progress(sizes: Sequence[int]) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -163,9 +161,7 @@ def open_megatron(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) != 1:
         raise ValueError("evaluate.py is a single process: start it without torchrun")
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    cpu.quieten()
     cpu.install()
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
@@ -189,15 +185,14 @@ def open_megatron(
 def _args_of(directory: Path, step: int | None, recipe: str) -> Namespace:
     """pretrain.py's flags for a model like the checkpoint's, in its dtype."""
     from megatron_geoscale.training.arguments import parse_args
-    from megatron_geoscale.training.checkpoint_args import saved_args
+    from megatron_geoscale.training.checkpoint_args import UNTRAINED, saved_args
 
     load = ["--load", str(directory), *([] if step is None else ["--ckpt-step", str(step)])]
     source = Namespace(load=str(directory), ckpt_step=step, exit_on_missing_checkpoint=True, finetune=False)
     _, saved = saved_args(source)
     dtype = [f"--{name}" for name in ("bf16", "fp16") if getattr(saved, name, False)]
     weights_only = ["--use-checkpoint-args", "--no-load-optim", "--no-load-rng"]
-    unused = ["--mock-data", "--micro-batch-size", "1", "--train-iters", "0", "--lr", "1"]
-    args = parse_args([*load, *weights_only, *dtype, "--geoscale-recipe", recipe, *unused])
+    args = parse_args([*load, *weights_only, *dtype, "--geoscale-recipe", recipe, *UNTRAINED])
     args.padded_vocab_size = saved.padded_vocab_size
     return args
 

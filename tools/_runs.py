@@ -14,7 +14,6 @@ import shlex
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +75,7 @@ def import_once() -> None:
     """Import what runs need, quietly; further calls cost nothing."""
     from megatron_geoscale import cpu
 
-    warnings.filterwarnings("ignore", module=r"megatron\.core")  # each module's word on what is not installed
-
+    cpu.quieten()
     cpu.install()
     from megatron_geoscale.training import checkpointing, data, loop, main, model  # noqa: F401
 

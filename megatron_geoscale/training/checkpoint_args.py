@@ -15,6 +15,15 @@ from typing import Any
 
 from megatron_geoscale.training.model_arguments import add_model_args, flag, require
 
+UNTRAINED = ("--mock-data", "--micro-batch-size", "1", "--train-iters", "0", "--lr", "1")
+"""What pretrain.py requires of a command line, for a model that is built and not trained."""
+
+
+def saveable(args: argparse.Namespace) -> argparse.Namespace:
+    """What of `args` a checkpoint keeps under "args": all that is plain."""
+    kept = str | int | float | bool | tuple | None
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if isinstance(value, kept)})
+
 
 def checkpoint_flags() -> tuple[str, ...]:
     """Names of what a checkpoint decides: all that `add_model_args` adds, sequence length, tokenizer, vocabulary."""

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_geoscale.checkpoints.torch_dist import TRACKER
 from megatron_geoscale.scaling.engine import GeoScaleEngine
+from megatron_geoscale.training.checkpoint_args import saveable
 
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -294,8 +295,7 @@ def _sharded_state(run: Run, *, loading: bool = False, optimizer: bool = True, r
         state["rng_state"] = _rng_state()
     if isinstance(run.scaling, GeoScaleEngine):
         state["geoscale"] = run.scaling.sharded_state_dict()
-    kept = str | int | float | bool | tuple | None
-    state["args"] = argparse.Namespace(**{name: value for name, value in vars(args).items() if isinstance(value, kept)})
+    state["args"] = saveable(args)
     state["train_state"] = vars(run.state).copy()
     return state
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import random
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -36,10 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost"),
                           ("MASTER_PORT", "0")):
         os.environ.setdefault(name, default)  # plain `python pretrain.py` is a job of one rank
-    # Each module's word on what is not installed, and megatron-core's use of torch's older sharded tensors.
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    cpu.quieten()
     cpu.install()
     from megatron_geoscale.scaling.guard import NonFiniteWeightsError
     from megatron_geoscale.training.arguments import parse_args

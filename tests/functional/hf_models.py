@@ -24,12 +24,17 @@ FAMILIES = {
 
 
 def make_model(family, **changes):
-    """A random model, everything off its initial value, weights large enough for attention to matter."""
+    """A random model of `FAMILIES`."""
+    name, fields = FAMILIES[family]
+    return random_model(name, fields | changes, seed=family)
+
+
+def random_model(name, fields, *, seed):
+    """A model of transformers, everything off its initial value, weights large enough for attention to matter."""
     import transformers
 
-    name, fields = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**fields | changes, bos_token_id=None, eos_token_id=None)
-    torch.manual_seed(sum(map(ord, family)))
+    config = getattr(transformers, f"{name}Config")(**fields, bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(sum(map(ord, seed)))
     model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():

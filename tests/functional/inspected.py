@@ -3,8 +3,9 @@
 import functools
 import shutil
 
-import torch
 from safetensors.torch import load_file, save_file
+
+from tests.functional.hf_models import random_model
 
 COMMON = dict(vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
               intermediate_size=32, num_key_value_heads=2)
@@ -29,18 +30,8 @@ FAMILIES = {
 
 @functools.cache
 def model_of(family):
-    import transformers
-
     name, fields = FAMILIES[family]
-    ends = dict(bos_token_id=None, eos_token_id=None, attn_implementation="eager")
-    torch.manual_seed(sum(map(ord, family)))
-    model = getattr(transformers, f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel")(
-        getattr(transformers, f"{name}Config")(**fields, **ends)
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += (0.1 if parameter.dim() > 1 else 0.3) * torch.randn_like(parameter)
-    return model.float().eval()
+    return random_model(name, fields | dict(attn_implementation="eager"), seed=family)
 
 
 def saver(folder):
