@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -88,10 +90,15 @@ def _run_schedule(run: Run, iterators: Any, *, forward_only: bool) -> torch.Tens
     return mean / parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
 
-def _scale_learning_rate(optimizer: MegatronOptimizer, factor: float) -> None:
-    if factor != 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] *= factor
+@contextmanager
+def _spiked_learning_rate(optimizer: MegatronOptimizer, factor: float) -> Iterator[None]:
+    """`factor` times the learning rate inside, afterwards what it was: a skipped step does not move the schedule."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
+    yield
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 class Trainer:
@@ -159,10 +166,8 @@ class Trainer:
 
         loss = _run_schedule(run, self._iterators, forward_only=False)
         self._check_finite()
-        factor = fault.factor if faulty and fault.kind == "lr_spike" else 1.0
-        _scale_learning_rate(run.optimizer, factor)
-        applied, grad_norm, _ = run.optimizer.step()
-        _scale_learning_rate(run.optimizer, 1.0 / factor)
+        with _spiked_learning_rate(run.optimizer, fault.factor if faulty and fault.kind == "lr_spike" else 1.0):
+            applied, grad_norm, _ = run.optimizer.step()
         batch = get_current_global_batch_size()
         if applied:
             run.scheduler.step(increment=batch)
