@@ -115,6 +115,7 @@ class Monitor:
             "grad_norm": step.grad_norm,
             "learning_rate": step.learning_rate,
             "tokens_per_second": step.batch_size * args.seq_length / step.seconds,
+            "step_ms": step.seconds * 1e3,
         }
         if self._jsonl is not None:
             self._jsonl.write(json.dumps(_finite({**record, "geoscale": geoscale})) + "\n")

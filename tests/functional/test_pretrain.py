@@ -66,6 +66,7 @@ def test_jsonl_holds_what_the_design_lists(tmp_path):
     assert column(records, "iteration") == [1, 2, 3]
     for record in records:
         assert {"iteration", "lm_loss", "grad_norm", "learning_rate", "tokens_per_second", "geoscale"} <= set(record)
+        assert 0 < record["step_ms"] < math.inf
         assert all(math.isfinite(record[name]) and record[name] > 0 for name in ("lm_loss", "grad_norm"))
         assert record["tokens_per_second"] > 0
         geoscale = record["geoscale"]
