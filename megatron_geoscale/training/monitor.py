@@ -12,7 +12,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from megatron_geoscale.scaling.formats import Powers, powers_to_db
 from megatron_geoscale.scaling.slots import SLOTS
 from megatron_geoscale.scaling.table import BOUNDS, digest
 from megatron_geoscale.training.checkpointing import Run
+from megatron_geoscale.training.writers import Writers
 
 _LAYER_BOUNDS = ("sigma", "sigma_bound", "logit_bound", "amax_q", "amax_k", "amax_v")
 _BOUNDED_SLOTS = ("qkv", "logits", "o")
@@ -68,7 +69,8 @@ class Monitor:
     def __init__(self, run: Run) -> None:
         self._run, self._args = run, run.args
         self._modules = [m for chunk in run.chunks for m in chunk.modules() if isinstance(m, EmulatedAttention)]
-        self._jsonl = self._tensorboard = self._wandb = None
+        self._jsonl: TextIO | None = None
+        self._writers: Writers | None = None
         self._interval = _Interval()
         if is_reporter():
             self._open()
@@ -79,18 +81,7 @@ class Monitor:
             path = Path(args.geoscale_log_jsonl)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._jsonl = path.open("a")
-        if args.tensorboard_dir:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(args.tensorboard_dir)
-        if args.wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise ValueError("--wandb-project needs wandb: pip install megatron-geoscale[wandb]") from None
-            self._wandb = wandb.init(
-                project=args.wandb_project, name=args.wandb_exp_name or None, dir=args.wandb_save_dir or None
-            )
+        self._writers = Writers(args)
 
     def measure_sqnr(self, on: bool) -> None:
         """Whether the coming step compares its attention output with that of uncast attention."""
@@ -122,7 +113,9 @@ class Monitor:
             self._jsonl.flush()
         if at_interval:
             self._log_line(step, geoscale)
-            self._write_scalars(step.iteration, {**record, **_scalars(geoscale)})
+            assert self._writers is not None  # the reporter has opened them
+            scalars = {**record, **{f"geoscale/{name}": value for name, value in (geoscale or {}).items()}}
+            self._writers.write(step.iteration, scalars, (geoscale or {}).get("layers", ()))
         interval.reset(at_interval)
 
     def _log_line(self, step: StepReport, geoscale: dict[str, Any] | None) -> None:
@@ -149,15 +142,6 @@ class Monitor:
             parts.append(f"refresh (ms): {interval.refresh_ms / interval.steps:.1f}")
         print_from_reporter(" | ".join(parts) + " |")
 
-    def _write_scalars(self, iteration: int, scalars: dict[str, Any]) -> None:
-        scalars = {name: value for name, value in scalars.items() if isinstance(value, int | float)}
-        if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, iteration)
-            self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=iteration)
-
     def report_validation(self, iteration: int, losses: list[torch.Tensor | None]) -> None:
         """Log the mean of the validation losses; None on stages that do not know them."""
         if not is_reporter():
@@ -167,7 +151,8 @@ class Monitor:
             f"validation loss at iteration {iteration} | lm loss value: {loss:.6E} | "
             f"lm loss PPL: {math.exp(min(20.0, loss)):.6E} |"
         )
-        self._write_scalars(iteration, {"lm loss validation": loss})
+        assert self._writers is not None
+        self._writers.write(iteration, {"lm loss validation": loss})
 
     def _collect(self, step: StepReport) -> dict[str, Any]:
         """The `geoscale` object of the JSONL, the same on all ranks; empties the gauges. Collective over the job."""
@@ -229,10 +214,8 @@ class Monitor:
         """Close the logs."""
         if self._jsonl is not None:
             self._jsonl.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._writers is not None:
+            self._writers.close()
 
 
 class _Interval:
@@ -252,10 +235,6 @@ class _Interval:
         self.loss += float(step.loss) if step.loss is not None else 0.0
         self.steps += 1
         self.skipped += step.skipped
-
-
-def _scalars(geoscale: dict[str, Any] | None) -> dict[str, Any]:
-    return {f"geoscale/{name}": value for name, value in (geoscale or {}).items()}
 
 
 def _finite(value: Any) -> Any:

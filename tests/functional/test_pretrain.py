@@ -146,6 +146,14 @@ def test_validation_is_printed_and_tensorboard_holds_what_was_logged(tmp_path):
     for name in ("lm_loss", "grad_norm", "learning_rate"):
         assert scalars[name] == pytest.approx(column(records, name), rel=1e-5)
     assert scalars["geoscale/saturated"] == [0, 0, 0, 0]
+    for row, layer in enumerate(records[-1]["geoscale"]["layers"]):
+        for name in ("sigma", "sigma_bound", "amax_q", "scale_qkv", "saturated"):
+            assert scalars[f"geoscale-layers/{name}/layer-{row + 1}"][-1] == pytest.approx(layer[name], rel=1e-5)
+        used = scalars[f"geoscale-layers/utilization/qkv/layer-{row + 1}"][-1]
+        assert 0 < used == pytest.approx(layer["utilization"]["qkv"], rel=1e-5)
+    histogram = events.Histograms("geoscale/sigma/layers")[-1].histogram_value
+    sigmas = column(records[-1]["geoscale"]["layers"], "sigma")
+    assert (histogram.num, histogram.max) == (len(sigmas), pytest.approx(max(sigmas)))
     assert scalars["lm loss validation"] == pytest.approx([float(loss) for _, loss, _ in found], rel=1e-5)
 
 
