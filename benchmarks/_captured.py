@@ -53,29 +53,35 @@ class Tensors:
             found = torch.autograd.grad(out, inputs, gradient.double())
         return cls(q, k, v, gradient, softmax_scale, (out.detach(), *found))
 
-    def cast(self, scaler: Any, *, fp8_logits: bool = False) -> dict[str, Any]:
-        """Signal and noise (`formats.Powers`) of O, dQ, dK, dV, and of Q, K, V themselves, under `scaler`."""
+    def cast(
+        self, scaler: Any, *, fp8_logits: bool = False, fp8_backward: bool = True, part: slice = slice(None)
+    ) -> dict[str, Any]:
+        """Signal and noise (`formats.Powers`) of O, dQ, dK, dV, and of Q, K, V themselves, under `scaler`. Without an
+        FP8 backward pass the tensors are BF16, as Transformer Engine's are. part: the tokens whose O, dQ, dK, dV
+        count."""
         from megatron_geoscale.scaling.formats import SLOT_FORMATS, Powers, cast, signal_and_noise
 
-        inputs = [x.clone().requires_grad_() for x in (self.q, self.k, self.v)]
+        dtype = torch.float32 if fp8_backward else torch.bfloat16
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (self.q, self.k, self.v)]
         with torch.enable_grad():
-            out = self.attend(*inputs, scaler, fp8_logits=fp8_logits)
-            found = torch.autograd.grad(out, inputs, self.gradient)
+            out = self.attend(*inputs, scaler, fp8_logits=fp8_logits, fp8_backward=fp8_backward)
+            found = torch.autograd.grad(out, inputs, self.gradient.to(dtype))
         powers = {
-            name: signal_and_noise(exact, x) for name, exact, x in zip(OUTPUTS, self.exact, (out, *found), strict=True)
+            name: signal_and_noise(exact[part], x[part])
+            for name, exact, x in zip(OUTPUTS, self.exact, (out, *found), strict=True)
         }
         own = (self.q, self.k, self.v)
         scale = scaler.scale("qkv", *own)
         parts = [signal_and_noise(x, cast(x, scale, SLOT_FORMATS["qkv"]).values) for x in own]
         return powers | {"QKV": Powers(*(torch.stack(column).sum() for column in zip(*parts)))}
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaler: Any, *, fp8_logits: bool = False) -> Tensor:
-        """FP8 attention on other tensors of the same shapes."""
-        from megatron_geoscale.attention.emulated import fp8_attention
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaler: Any, **options: Any) -> Tensor:
+        """FP8 attention on other tensors of the same shapes, with `options` of `fp8_attention`."""
+        from megatron_geoscale.attention.fp8_function import fp8_attention
 
         masked = torch.ones(len(q), len(k), dtype=torch.bool).triu(1)
         return fp8_attention(
-            q, k, v, scaler=scaler, softmax_scale=self.softmax_scale, masked=masked, fp8_logits=fp8_logits
+            q, k, v, scaler=scaler, softmax_scale=self.softmax_scale, masked=masked, **options
         )
 
 
@@ -96,7 +102,7 @@ class Model:
         held_out = ["--split", "95,5,0", "--eval-iters", HISTORY + 1, "--eval-interval", 1, "--train-iters", 1]
         args = parse_args([*map(str, [*flags, *held_out, "--lr-warmup-iters", 0, "--geoscale-recipe", "certified"])])
         tokenizer = data.build_tokenizer(args.tokenizer_type, args.tokenizer_model, args.vocab_size)
-        args.tokenizer_vocab_size = tokenizer.vocab_size
+        args.tokenizer_vocab_size = args.model_vocab_size = tokenizer.vocab_size
         args.padded_vocab_size = data.padded_vocab_size(tokenizer.vocab_size, args.make_vocab_size_divisible_by, 1)
         self.args, self.chunks = args, model.build_model(args)
         run = checkpointing.Run(
@@ -174,7 +180,7 @@ def attach_after(
     scalers = [layer.core_attention.scaler for layer in find_attention_layers(model.chunks)]
     for batch in history:
         for tensors, scaler in zip(batch, scalers, strict=True):
-            tensors.cast(scaler, fp8_logits=config.logits_dtype == "fp8")
+            tensors.cast(scaler, **_options(config))
         scaling.end_step()
         swapped()
     scaling.gauge.reset()
@@ -188,14 +194,18 @@ def measure(
 
     Powers of all layers are added up; utilisation is max|x| * scale / FP8_max.
     """
-    from megatron_geoscale.scaling.slots import SLOTS
-
     scaling, scalers = attach_after(model, captured[:-1], config, adjust)
     powers = [
-        tensors.cast(scaler, fp8_logits=config.logits_dtype == "fp8")
+        tensors.cast(scaler, **_options(config))
         for tensors, scaler in zip(captured[-1], scalers, strict=True)
     ]
-    gauge = scaling.gauge
+    return summary(powers, scaling.gauge)
+
+
+def summary(powers: Sequence[dict[str, Any]], gauge: Any) -> dict[str, Any]:
+    """Of results of `Tensors.cast` and the gauge that was told of them."""
+    from megatron_geoscale.scaling.slots import SLOTS
+
     return {
         "sqnr_db": sqnr(powers),
         "utilization": dict(zip(SLOTS, gauge.overrange.amax(dim=0).tolist(), strict=True)),
@@ -205,6 +215,11 @@ def measure(
         "flushed": int(gauge.flushed.sum()),
         "flushed_by_slot": dict(zip(SLOTS, gauge.flushed.sum(dim=0).tolist(), strict=True)),
     }
+
+
+def _options(config: Any) -> dict[str, bool]:
+    """Of `Tensors.cast`."""
+    return {"fp8_logits": config.logits_dtype == "fp8", "fp8_backward": config.backward != "bf16"}
 
 
 def sqnr(parts: Sequence[dict[str, Any]]) -> dict[str, float]:

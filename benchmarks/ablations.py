@@ -166,6 +166,7 @@ class _Slackened:
         from megatron_geoscale.attention.baselines import CurrentScaling
 
         self._current, self._factor = CurrentScaling(1).layer(0), factor
+        self.before_backward = self._current.before_backward
 
     def scale(self, slot: str, *tensors: Tensor) -> Tensor:
         scale = self._current.scale(slot, *tensors)

@@ -22,6 +22,7 @@ GRANULARITIES = ("head", "layer")
 ATTENTION_BACKENDS = ("auto", "emulated", "te")
 LOGITS_DTYPES = ("fp32", "fp8")
 OVERFLOWS = ("saturate", "nan")
+BACKWARDS = ("bound", "delayed", "bf16")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class GeoScaleConfig:
     split_over_data_parallel: bool = False
     """Each data-parallel rank bounds its share of its stage's layers only; the refresh's one all-reduce gathers them.
     Then a weight that differs between replicas shows in the table only if the replica that reads it has it."""
+    backward: str | None = None
+    """How the backward pass casts under a recipe with scales from the weights (THEORY 5.1). `bound`: dO by its own
+    amax, dS and dQ, dK, dV by bounds made from dO's norms before the pass runs. `delayed`: by their history, as
+    Transformer Engine. `bf16`: not at all, in the precision of the model, as TE with NVTE_FP8_DPA_BWD=0; under any
+    recipe. None is `bound`, and under the baselines their own rule."""
     attention: str = "auto"
     """`emulated`: FP8 attention in plain torch. `te`: Transformer Engine's kernels. `auto`: what this machine has."""
     logits_dtype: str = "fp32"
@@ -79,6 +85,13 @@ class GeoScaleConfig:
             object.__setattr__(self, "estimator", "power" if self.recipe == "paper" else "gram")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"{_flag('estimator')} must be one of {', '.join(ESTIMATORS)}, not {self.estimator!r}")
+        if self.backward is None and self.is_geometric:
+            object.__setattr__(self, "backward", "bound")
+        if self.backward not in (*BACKWARDS, None):
+            raise ValueError(f"{_flag('backward')} must be one of {', '.join(BACKWARDS)}, not {self.backward!r}")
+        if self.backward in ("bound", "delayed") and not self.is_geometric:
+            raise ValueError(f"{_flag('backward')} {self.backward} needs a recipe with scales from the weights, which "
+                             f"--geoscale-recipe {self.recipe} is not")
         if not 0.0 < self.margin <= 1.0:
             raise ValueError(f"{_flag('margin')} must lie in (0, 1], not {self.margin}")
         if not 0.0 < self.failure_probability < 1.0:
@@ -134,6 +147,10 @@ def add_geoscale_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
                        "by the weights (default: 1)")
     group.add_argument("--geoscale-split-over-data-parallel", action="store_true",
                        help="each data-parallel rank bounds its share of the layers, and all get all bounds")
+    group.add_argument("--geoscale-backward", default=None, metavar="{bound,delayed,bf16}",
+                       help="scales of the backward casts: bounds made from this step's dO, an amax history as in "
+                       "Transformer Engine, or no casts (default: bound, which never saturates and loses nothing to "
+                       "delayed, docs/ABLATIONS.md; under the recipes delayed and current, their own)")
     group.add_argument("--geoscale-attention", default=default.attention, metavar="{auto,emulated,te}",
                        help="what computes FP8 attention (default: auto)")
     group.add_argument("--geoscale-logits-dtype", default=default.logits_dtype, metavar="{fp32,fp8}",
@@ -156,6 +173,7 @@ def geoscale_config_from_args(args: argparse.Namespace) -> GeoScaleConfig:
         alpha_floor=args.geoscale_alpha_floor,
         refresh_interval=args.geoscale_refresh_interval,
         split_over_data_parallel=args.geoscale_split_over_data_parallel,
+        backward=args.geoscale_backward,
         attention=args.geoscale_attention,
         logits_dtype=args.geoscale_logits_dtype,
         overflow=args.geoscale_overflow,

@@ -24,6 +24,7 @@ from _shape_layers import Shape, Weights, draw_tokens, generator, qkv, spiked_up
 from megatron_geoscale.attention.baselines import CurrentScaling, DelayedScaling
 from megatron_geoscale.attention.emulated import fp8_attention
 from megatron_geoscale.config import GEOMETRIC_RECIPES, GeoScaleConfig
+from megatron_geoscale.scaling.amax_history import AmaxHistory, HistoryScaler
 from megatron_geoscale.scaling.calibrator import Calibrator
 from megatron_geoscale.scaling.formats import Powers, powers_to_db, signal_and_noise
 from megatron_geoscale.scaling.gauge import SlotGauge
@@ -48,7 +49,9 @@ class Predicted:
         self.table, self.gauge = ScaleTable(1, device), SlotGauge(1, device)
         self.calibrator = Calibrator(1, config, device) if config.calibrated_slots else None
         gauges = [self.gauge] if self.calibrator is None else [self.gauge, self.calibrator.gauge]
-        self.scaler = TableScaler(self.table, gauges, 0, geometry)
+        self.history = AmaxHistory(1, device=device) if config.backward == "delayed" else None
+        backward = None if self.history is None else HistoryScaler(self.history, 0)
+        self.scaler = TableScaler(self.table, gauges, 0, geometry, backward=backward)
 
     def refresh(self, moments: Moments) -> None:
         """As `GeoScaleEngine.refresh`. Where weights jump, as here, its power iteration converges to the norm, so
@@ -59,6 +62,8 @@ class Predicted:
 
     def end_step(self) -> None:
         """As `GeoScaleEngine.end_step`."""
+        if self.history is not None:
+            self.history.end_step()
         if self.calibrator is None:
             return
         bounds, ones = self.table.bounds.clone(), torch.ones_like(self.calibrator.factors)

@@ -1,16 +1,9 @@
-"""FP8 attention in plain torch, forward and backward, for machines without FP8 kernels.
-
-What Transformer Engine's fused attention casts is cast here, by real conversions to torch's float8 dtypes and back
-(FACTS 1): Q, K, V under one scale, the softmax output after dropout, O; in the backward pass dO, dS * softmax_scale
-(TE's "dP" slot), and dQ, dK, dV under one scale. Everything between two casts is float32. `EmulatedAttention` is
-Megatron-Core's `core_attention`; `fp8_attention` is the same without Megatron's module around it.
-"""
+"""FP8 attention as Megatron-Core's `core_attention`, for machines without FP8 kernels; the arithmetic is
+attention/fp8_function.py's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,143 +15,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_geoscale.scaling.formats import SLOT_FORMATS, Powers, cast, signal_and_noise
+from megatron_geoscale.attention.fp8_function import fp8_attention, uncast_attention
+from megatron_geoscale.scaling.formats import Powers, signal_and_noise
 from megatron_geoscale.scaling.slots import LayerScaler
-
-_MASKED = torch.finfo(torch.float32).min  # finite: a row with every key masked becomes uniform, not NaN
-
-
-def fp8_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scaler: LayerScaler,
-    softmax_scale: float,
-    masked: Tensor | None = None,
-    dropout: Tensor | None = None,
-    sink: Tensor | None = None,
-    logit_multiplier: float = 1.0,
-    fp8_logits: bool = False,
-    observe: bool = True,
-    overflow: str = "saturate",
-) -> Tensor:
-    """Attention as an FP8 kernel computes it; casts pass gradients straight through.
-
-    query [sq, b, heads, d], key [sk, b, groups, d], value [sk, b, groups, d_v], heads a multiple of groups: query head
-    h reads group h // (heads / groups). masked: bool, True where attention is forbidden, broadcastable to
-    [b, heads, sq, sk]. dropout: float32 [b, heads, sq, sk], factors for the softmax output, 0 or 1 / (1 - p). sink:
-    [heads], a logit per head that only adds to the softmax's denominator. logit_multiplier: what q.k * softmax_scale is
-    multiplied by inside the softmax (query-key layer scaling). fp8_logits casts q.k * softmax_scale too, where the mask
-    leaves it (the paper's setting, THEORY 5). observe: whether the forward casts are reported to `scaler`; the backward
-    ones always are. overflow: as in `formats.cast`.
-
-    Returns [sq, b, heads, d_v] in the dtype of `query`.
-    """
-    scales = (softmax_scale, logit_multiplier)
-    cast_to = partial(_cast, scaler, overflow)
-    out: Tensor = _FP8Attention.apply(query, key, value, masked, dropout, sink, scales, cast_to, fp8_logits, observe)
-    return out
-
-
-class _FP8Attention(torch.autograd.Function):
-    """Queries of one group are stacked, [b * groups, heads/groups * sq, d]: one batched product serves the group, K and
-    V are never repeated, and the products of the backward pass sum over the group by themselves."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        masked: Tensor | None,
-        dropout: Tensor | None,
-        sink: Tensor | None,
-        scales: tuple[float, float],
-        cast_to: Callable[..., list[Tensor]],
-        fp8_logits: bool,
-        observe: bool,
-    ) -> Tensor:
-        (sq, batch, heads, _), (sk, _, groups, _) = query.shape, key.shape
-        q, k, v = cast_to("qkv", observe, query.float(), key.float(), value.float())
-        q, k, v = _stack(q, groups), _stack(k, groups), _stack(v, groups)
-        softmax_scale, logit_multiplier = scales
-
-        logits = torch.bmm(q, k.transpose(1, 2)).mul_(softmax_scale).view(batch, heads, sq, sk)
-        if fp8_logits:
-            if masked is not None:
-                # Zeros neither raise an amax nor saturate nor are flushed, so masked logits are not counted.
-                logits.masked_fill_(masked, 0.0)
-            (logits,) = cast_to("logits", observe, logits)
-        if logit_multiplier != 1.0:
-            logits.mul_(logit_multiplier)
-        probs, to_sink = _softmax(logits, masked, sink)
-        (p,) = cast_to("s", observe, probs if dropout is None else probs * dropout)
-
-        (o,) = cast_to("o", observe, _unstack(torch.bmm(p.view(q.size(0), -1, sk), v), batch, heads))
-
-        ctx.save_for_backward(q, k, v, probs, p, masked, dropout, to_sink)
-        ctx.gradient_scale, ctx.cast_to, ctx.groups = softmax_scale * logit_multiplier, cast_to, groups
-        return o.to(query.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, probs, p, masked, dropout, to_sink = ctx.saved_tensors
-        cast_to, groups = ctx.cast_to, ctx.groups
-        batch, heads, _, sk = probs.shape
-
-        (do,) = cast_to("do", True, grad.float())
-        do = _stack(do, groups)
-        dv = torch.bmm(p.view(q.size(0), -1, sk).transpose(1, 2), do)
-        dp = torch.bmm(do, v.transpose(1, 2)).view_as(probs)
-        if dropout is not None:
-            dp.mul_(dropout)
-        mean = (probs * dp).sum(dim=-1, keepdim=True)
-        ds = probs * (dp - mean)
-        dsink = None if to_sink is None else -(to_sink * mean).sum(dim=(0, 2, 3))
-        if masked is not None:
-            # Only a row with every key masked needs this: its probabilities are not zero.
-            ds.masked_fill_(masked, 0.0)
-        (ds,) = cast_to("dp", True, ds.mul_(ctx.gradient_scale))
-        ds = ds.view(q.size(0), -1, sk)
-        dq = torch.bmm(ds, k)
-        dk = torch.bmm(ds.transpose(1, 2), q)
-
-        dqkv = _unstack(dq, batch, heads), _unstack(dk, batch, groups), _unstack(dv, batch, groups)
-        # Autograd converts them to the dtypes of the inputs.
-        return *cast_to("dqkv", True, *dqkv), None, None, dsink, None, None, None, None
-
-
-def _softmax(logits: Tensor, masked: Tensor | None, sink: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Probabilities [b, heads, sq, sk] and those of the sink [b, heads, sq, 1]; `logits` are masked in place."""
-    if masked is not None:
-        logits.masked_fill_(masked, _MASKED)
-    if sink is None:
-        return torch.softmax(logits, dim=-1), None
-    column = sink.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-    both = torch.softmax(torch.cat([logits, column], dim=-1), dim=-1)
-    return both[..., :-1].contiguous(), both[..., -1:].contiguous()
-
-
-def _cast(scaler: LayerScaler, overflow: str, slot: str, observe: bool, *tensors: Tensor) -> list[Tensor]:
-    """Cast `tensors` under the slot's one scale and report them as one cast."""
-    scale = scaler.scale(slot, *tensors)
-    casts = [cast(tensor, scale, SLOT_FORMATS[slot], overflow=overflow) for tensor in tensors]
-    if observe:
-        amax, saturated, flushed = (torch.stack(column) for column in list(zip(*casts))[1:])
-        scaler.observe(slot, amax.amax(), saturated.sum(), flushed.sum())
-    return [c.values for c in casts]
-
-
-def _stack(x: Tensor, groups: int) -> Tensor:
-    """[s, b, heads, d] -> [b * groups, heads/groups * s, d]."""
-    s, batch, heads, d = x.shape
-    return x.view(s, batch, groups, heads // groups, d).permute(1, 2, 3, 0, 4).reshape(batch * groups, -1, d)
-
-
-def _unstack(x: Tensor, batch: int, heads: int) -> Tensor:
-    """The reverse of `_stack`."""
-    return x.reshape(batch, heads, -1, x.size(-1)).permute(2, 0, 1, 3).contiguous()
 
 
 class EmulatedAttention(MegatronModule):
@@ -170,9 +29,8 @@ class EmulatedAttention(MegatronModule):
     `softmax_scale` is divided by the layer number, and `logit_multiplier` is that number.
 
     Whoever attaches scales sets the attributes: `scaler`, without which a forward raises RuntimeError; `fp8_logits`,
-    `overflow`;
-    and `measure_sqnr`, under which each forward also computes its attention without casts and adds the powers of signal
-    and noise to `sqnr_powers` until `reset_sqnr`.
+    `overflow`, `fp8_backward`; and `measure_sqnr`, under which each forward also computes its attention without casts
+    and adds the powers of signal and noise to `sqnr_powers` until `reset_sqnr`.
 
     A cast is reported once for each forward, recomputed or not: activation recompute runs a first forward without
     gradients, which in training mode reports nothing. (torch's non-reentrant checkpoint, which Megatron does not use,
@@ -209,6 +67,7 @@ class EmulatedAttention(MegatronModule):
         self.scaler: LayerScaler | None = None
         self.fp8_logits = False
         self.overflow = "saturate"
+        self.fp8_backward = True
         self.measure_sqnr = False
         self.sqnr_powers: Powers | None = None
         self.softmax_offset: torch.nn.Parameter | None = None
@@ -264,11 +123,12 @@ class EmulatedAttention(MegatronModule):
             fp8_logits=self.fp8_logits,
             observe=observe,
             overflow=self.overflow,
+            fp8_backward=self.fp8_backward,
         )
         if self.measure_sqnr and observe:
             with torch.no_grad():
                 scale = self.softmax_scale * self.logit_multiplier
-                reference = _uncast_attention(query, key, value, scale, masked, dropout, self._sink(query))
+                reference = uncast_attention(query, key, value, scale, masked, dropout, self._sink(query))
                 powers = signal_and_noise(reference, out)
                 old = self.sqnr_powers
                 self.sqnr_powers = (
@@ -343,22 +203,3 @@ def _outside_window(window: tuple[int, int], sq: int, sk: int, device: torch.dev
     ahead = torch.arange(sk, device=device) - torch.arange(sk - sq, sk, device=device)[:, None]
     before, behind = (limit if limit >= 0 else sk for limit in window)
     return (ahead < -before) | (ahead > behind)
-
-
-def _uncast_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    masked: Tensor | None,
-    dropout: Tensor | None,
-    sink: Tensor | None,
-) -> Tensor:
-    """What `fp8_attention` approximates, in float32."""
-    batch, heads, groups = query.size(1), query.size(2), key.size(2)
-    q, k, v = (_stack(x.float(), groups) for x in (query, key, value))
-    logits = torch.bmm(q, k.transpose(1, 2)).mul_(scale).view(batch, heads, query.size(0), key.size(0))
-    probs, _ = _softmax(logits, masked, sink)
-    if dropout is not None:
-        probs = probs * dropout
-    return _unstack(torch.bmm(probs.view(q.size(0), -1, key.size(0)), v), batch, heads)

@@ -106,14 +106,18 @@ class Calibrator:
             )
         return f"calibration ended after {self.statistics.steps} steps, alpha by layer: " + ", ".join(parts)
 
-    def sharded_state_dict(self) -> dict[str, Any]:
-        """The state for dist_checkpointing: replicated tensors of global shape, so any layout can take them up."""
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The state, the same on every rank; for `load_state_dict`."""
         tensors = {
             "alpha": self.factors,
             "maxima": self.statistics.maxima,
             "counts": self.statistics.counts,
             "steps": torch.tensor([self.statistics.steps], device=self.factors.device),
         }
+        return {self._key(name): tensor for name, tensor in tensors.items()}
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """The state for dist_checkpointing: replicated tensors of global shape, so any layout can take them up."""
         replica = (
             parallel_state.get_pipeline_model_parallel_rank(),
             parallel_state.get_tensor_model_parallel_rank(),
@@ -121,14 +125,14 @@ class Calibrator:
         )
         return {
             key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=replica)
-            for key, tensor in ((self._key(name), tensor) for name, tensor in tensors.items())
+            for key, tensor in self.state_dict().items()
         }
 
     def _key(self, name: str) -> str:
         return f"geoscale.calibration.{self.config.recipe}.{name}"  # a rho belongs to the bounds of its recipe
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up what `sharded_state_dict` saved.
+        """Take up what `state_dict` or `sharded_state_dict` saved.
 
         A longer --geoscale-burn-in-steps than was saved goes on with the burn-in, a shorter one ends it.
         """

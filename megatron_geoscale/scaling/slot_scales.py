@@ -7,25 +7,29 @@ most 1/16 of itself, or by half the smallest subnormal.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from megatron_geoscale.bounds.tensors import FLOAT32_ROUNDOFF, rounding_allowance
 from megatron_geoscale.config import GeoScaleConfig
-from megatron_geoscale.scaling.formats import E4M3, SLOT_FORMATS, max_abs, scale_from_amax
+from megatron_geoscale.scaling.backward_scales import backward_scales, cast_sizes, gradient_sizes
+from megatron_geoscale.scaling.formats import E4M3, scale_from_amax
 from megatron_geoscale.scaling.gauge import SlotGauge
 from megatron_geoscale.scaling.geometry import AttentionGeometry
-from megatron_geoscale.scaling.slots import BACKWARD_SLOTS, SLOTS
+from megatron_geoscale.scaling.rounding import (
+    E4M3_ROUNDING,
+    E4M3_SUBNORMAL,
+    FP32_SLACK,
+    absolute_error,
+    cast_row_sum,
+    entry_allowance,
+    norm_allowance,
+    offset_error,
+)
+from megatron_geoscale.scaling.slots import BACKWARD_SLOTS, SLOTS, LayerScaler
 from megatron_geoscale.scaling.table import BOUNDS, ScaleTable
-
-E4M3_ROUNDING = 2.0**-4
-"""Largest relative error of a cast to a normal E4M3 number: half a unit in the last of 3 mantissa bits."""
-E5M2_ROUNDING = 2.0**-3
-E4M3_SUBNORMAL = 2.0**-10
-"""Largest error of a cast to a subnormal E4M3 number, in scaled units: half of the smallest, 2**-9."""
-FP32_SLACK = 2.0**-10
-"""Relative room for the float32 sums of attention itself, at most a few thousand terms of roundoff 2**-24 each."""
 
 
 def scales_from_bounds(
@@ -40,12 +44,12 @@ def scales_from_bounds(
     factor = None if alpha is None else dict(zip(SLOTS, alpha.unbind(1), strict=True))
     bound = dict(zip(BOUNDS, bounds.unbind(1), strict=True))
     scale = dict.fromkeys(SLOTS, torch.zeros_like(bound["sigma"], dtype=torch.float32))
-    allowance = _entry_allowance(geometry)
+    allowance = entry_allowance(geometry)
     keep = 1.0 - geometry.dropout
 
-    offset_error = _offset_error(bound["offset_size"], geometry)
+    offset = offset_error(bound["offset_size"], geometry)
     amax_qkv = torch.maximum(torch.maximum(bound["amax_q"], bound["amax_k"]), bound["amax_v"]) * allowance
-    amax_qkv = amax_qkv + offset_error
+    amax_qkv = amax_qkv + offset
     if factor is not None:
         amax_qkv = amax_qkv * factor["qkv"]
     scale["qkv"] = scale_from_amax(amax_qkv, E4M3, margin=config.margin)
@@ -59,9 +63,9 @@ def scales_from_bounds(
     scale["logits"] = scale_from_amax(amax_logits, E4M3, margin=config.margin)
 
     scale["s"] = scale_from_amax(torch.full_like(bound["sigma"], 1.0 / keep), E4M3)
-    # A row of probabilities sums to 1, after dropout to 1/keep at most; its casts can add 1/16, or a subnormal each.
-    row_sum = ((1.0 + E4M3_ROUNDING) + geometry.max_sequence_length * E4M3_SUBNORMAL / E4M3.max) / keep
-    amax_v8 = (bound["amax_v"] * allowance + offset_error) * (1.0 + E4M3_ROUNDING) + subnormal
+    # A row of probabilities sums to 1, after dropout to 1/keep at most.
+    row_sum = cast_row_sum(geometry.max_sequence_length) / keep
+    amax_v8 = (bound["amax_v"] * allowance + offset) * (1.0 + E4M3_ROUNDING) + subnormal
     amax_o = amax_v8 * row_sum * (1.0 + FP32_SLACK)
     if factor is not None:
         amax_o = amax_o * factor["o"]
@@ -78,82 +82,104 @@ def _product_error(
     vector: at most so much of its norm, and half a subnormal an entry. It is not relative to q.k, which may cancel.
     """
     q_norm, k_norm = bound["query_norm"], bound["key_norm"]
-    grown = (1.0 + E4M3_ROUNDING) * _norm_allowance(geometry)
-    absolute = _absolute_error(_offset_error(bound["offset_size"], geometry), subnormal, geometry)
+    grown = (1.0 + E4M3_ROUNDING) * norm_allowance(geometry)
+    absolute = absolute_error(offset_error(bound["offset_size"], geometry), subnormal, geometry)
     error = (grown**2 - 1.0) * q_norm * k_norm + grown * absolute * (q_norm + k_norm) + absolute**2
     return error + FP32_SLACK * (grown * q_norm + absolute) * (grown * k_norm + absolute)
 
 
-def _absolute_error(
-    offset_error: torch.Tensor, subnormal: torch.Tensor, geometry: AttentionGeometry
+def _backward_scales(
+    do: torch.Tensor,
+    bounds: torch.Tensor,
+    scales: torch.Tensor,
+    amax_qkv: torch.Tensor | None,
+    geometry: AttentionGeometry,
+    num_keys: int,
 ) -> torch.Tensor:
-    """What a computed and cast vector's 2-norm may be off by apart from its relative error: so much in each entry."""
-    return geometry.widest_vector**0.5 * ((1.0 + E4M3_ROUNDING) * offset_error + subnormal)
+    """As `TableScaler.backward_scales`, from one layer's rows of the table."""
+    per_group = min(geometry.heads_per_group, do.size(2))  # a group may be spread over ranks
+    return backward_scales(
+        gradient_sizes(do, per_group),
+        cast_sizes(bounds, scales, geometry, amax_qkv),
+        geometry,
+        num_queries=do.size(0),
+        num_keys=num_keys,
+        value_dim=do.size(3),
+        heads_per_group=per_group,
+    )
 
 
-def _offset_error(offset_size: torch.Tensor, geometry: AttentionGeometry) -> torch.Tensor:
-    """What rounding may add to an entry of Q, K or V beyond the part relative to its bound, where the norm's shift and
-    the biases cancel; RoPE may turn two such errors into one."""
-    return 2.0**0.5 * (_entry_allowance(geometry) - 1.0) * offset_size
+_on_gpu = torch.compile(_backward_scales)
+"""More than a hundred kernels on single numbers become a few. It compiles when it is first called, once for all layers
+of a geometry."""
 
 
-def _entry_allowance(geometry: AttentionGeometry) -> float:
-    """How far a computed entry of Q, K or V may exceed its bound: `rounding_allowance`, and where the projection runs
-    in FP8 the casts of its inputs and of its weights, relative to the same products of norms."""
-    casts = (1.0 + E4M3_ROUNDING) ** 2 if geometry.fp8_projection else 1.0
-    return casts * rounding_allowance(geometry.hidden_size, unit_roundoff=geometry.unit_roundoff)
-
-
-def _norm_allowance(geometry: AttentionGeometry) -> float:
-    """How far the 2-norm of a computed query, key or value vector may exceed its bound: roundings as for entries, and
-    those relative to |W| |x|, the float32 sums over d and the casts of W, whose errors add up over the d_h rows to
-    ||A||_F <= sqrt(d_h) ||A||_2."""
-    by_weight = 2.0 * geometry.hidden_size * FLOAT32_ROUNDOFF + (E4M3_ROUNDING if geometry.fp8_projection else 0.0)
-    return _entry_allowance(geometry) + geometry.widest_vector**0.5 * by_weight
+def _compiled(*args: Any) -> torch.Tensor:
+    """`_backward_scales`, compiled; as it is, with a warning, where torch finds no compiler for GPU code."""
+    global _on_gpu
+    try:
+        return _on_gpu(*args)
+    except RuntimeError as error:
+        if _on_gpu is _backward_scales:
+            raise
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"the backward scales cannot be compiled, which makes each step slower: {reason}", stacklevel=2)
+        _on_gpu = _backward_scales
+        return _on_gpu(*args)
 
 
 class TableScaler:
     """One layer's `LayerScaler` (scaling.slots): forward scales from the table, backward ones from this step's dO.
 
-    dO is the only observation (THEORY 5.1): its amax scales its own cast, its largest row norm times the bound on
-    a value vector's norm scales dP, and dQ, dK, dV take their own amax, since dK and dV grow with the sequence. These
-    scales are powers of two, so gradients round alike however the heads are spread over tensor-parallel ranks, each of
-    which sees the amax of its own heads only.
+    dO is the only tensor that is observed (THEORY 5.1), and one amax, that of Q, K and V, which their cast reports
+    anyway. The backward scales are powers of two, so gradients round alike however the heads are spread over
+    tensor-parallel ranks, each of which sees its own heads only.
     """
 
     def __init__(
-        self, table: ScaleTable, gauges: SlotGauge | Sequence[SlotGauge], row: int, geometry: AttentionGeometry
+        self,
+        table: ScaleTable,
+        gauges: SlotGauge | Sequence[SlotGauge],
+        row: int,
+        geometry: AttentionGeometry,
+        *,
+        backward: LayerScaler | None = None,
     ) -> None:
-        """`row` of the table, from 0, is the layer's; `gauges` are told of every cast."""
-        self._table, self._row, self._geometry = table, row, geometry
+        """`row` of the table, from 0, is the layer's; `gauges` are told of every cast. `backward`: what scales the
+        backward slots instead of `backward_scales`, and is told of their casts."""
+        self._table, self._row, self._geometry, self._backward = table, row, geometry, backward
         self._gauges = [gauges] if isinstance(gauges, SlotGauge) else list(gauges)
-        self._gradient_scale = geometry.softmax_scale * geometry.logit_multiplier
-        self._norm_allowance = _norm_allowance(geometry)
         self._used: dict[str, torch.Tensor] = {}
 
-    def scale(self, slot: str, *tensors: torch.Tensor) -> torch.Tensor:
-        """As `LayerScaler.scale`. `do`, dO as [s, b, heads, d_h], must be asked for before `dp`."""
-        if slot == "do":
-            self._do_norm = torch.linalg.vector_norm(tensors[0], dim=-1).amax()
-        if slot == "dp":
-            scale = scale_from_amax(self._dp_bound(), SLOT_FORMATS[slot], power_of_two=True)
-        elif slot in BACKWARD_SLOTS:
-            scale = scale_from_amax(max_abs(*tensors), SLOT_FORMATS[slot], power_of_two=True)
-        else:
-            scale = self._table.scales[self._row, SLOTS.index(slot)]
-        self._used[slot] = scale
-        return scale
+    def backward_scales(
+        self, do: torch.Tensor, *, num_keys: int, amax_qkv: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Scales of dO, dS * softmax_scale and dQ, dK, dV, in the order of BACKWARD_SLOTS: float32 [3] on dO's device.
 
-    def _dp_bound(self) -> torch.Tensor:
-        """Of dS * softmax_scale: half of max|dP| (|P(1-P)| <= 1/4 of a range of twice that), casts included."""
-        value_norm = self._table.bounds[self._row, BOUNDS.index("value_norm")] * self._norm_allowance
-        offset_error = _offset_error(self._table.bounds[self._row, BOUNDS.index("offset_size")], self._geometry)
-        subnormal = E4M3_SUBNORMAL / self._table.scales[self._row, SLOTS.index("qkv")].double()
-        value_norm = value_norm * (1.0 + E4M3_ROUNDING) + _absolute_error(offset_error, subnormal, self._geometry)
-        amax_dp = self._do_norm.double() * (1.0 + E5M2_ROUNDING) * value_norm * (1.0 + FP32_SLACK)
-        return self._gradient_scale * 0.5 * amax_dp / (1.0 - self._geometry.dropout)
+        do: [s, b, heads, d_v], this rank's heads, any float dtype; whole sequences. amax_qkv: 0-dim, at least the
+        largest |entry| of the Q, K and V (before their cast) that made the output whose gradient `do` is; None leaves
+        the bounds of the weights. The host does not wait for the device. A NaN or an infinity in dO gives scales of 1.
+        """
+        bounds, scales = self._table.bounds[self._row], self._table.scales[self._row]
+        return (_compiled if do.is_cuda else _backward_scales)(do, bounds, scales, amax_qkv, self._geometry, num_keys)
+
+    def before_backward(self, do: torch.Tensor, *, num_keys: int, amax_qkv: torch.Tensor) -> None:
+        """As `LayerScaler.before_backward`."""
+        if self._backward is None:
+            scales = self.backward_scales(do, num_keys=num_keys, amax_qkv=amax_qkv)
+            self._used.update(zip(BACKWARD_SLOTS, scales.unbind(), strict=True))
+
+    def scale(self, slot: str, *tensors: torch.Tensor) -> torch.Tensor:
+        """As `LayerScaler.scale`; the backward slots after `before_backward`."""
+        if slot not in BACKWARD_SLOTS:
+            self._used[slot] = self._table.scales[self._row, SLOTS.index(slot)]
+        elif self._backward is not None:
+            self._used[slot] = self._backward.scale(slot, *tensors)
+        return self._used[slot]
 
     def observe(self, slot: str, amax: torch.Tensor, saturated: torch.Tensor, flushed: torch.Tensor) -> None:
         """As `LayerScaler.observe`."""
+        if self._backward is not None and slot in BACKWARD_SLOTS:
+            self._backward.observe(slot, amax, saturated, flushed)
         for gauge in self._gauges:
             gauge.observe(self._row, slot, amax, saturated, flushed, self._used[slot])

@@ -25,6 +25,11 @@ class LayerScaler(Protocol):
         """Scale for casting `tensors` (float32, unscaled) under `slot`: 0-dim float32, TE's convention FP8_max/amax."""
         ...
 
+    def before_backward(self, do: torch.Tensor, *, num_keys: int, amax_qkv: torch.Tensor) -> None:
+        """Told before a backward pass asks for its scales: dO [s, b, heads, d_v] as it will be cast, and the 0-dim amax
+        of the Q, K and V that the forward pass has cast."""
+        ...
+
     def observe(self, slot: str, amax: torch.Tensor, saturated: torch.Tensor, flushed: torch.Tensor) -> None:
         """Report a cast: max |x| before scaling (0-dim float), and how many values exceeded the range or became zero
         though they were not (0-dim int64)."""

@@ -1,4 +1,4 @@
-"""benchmarks/parity.py and benchmarks/ablations.py at toy size: what they write, that it repeats, what must hold."""
+"""benchmarks/parity.py, ablations.py and backward.py at toy size: what they write, that it repeats, what must hold."""
 
 import contextlib
 import io
@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import _captured
 import ablations
+import backward
 import parity
 
 import replay_transients
@@ -49,6 +50,7 @@ def output(megatron, tmp_path_factory):
         for module in (parity, ablations, replay_transients):
             patch.setattr(module, "data_flags", toy_flags)
         patch.setattr(ablations, "TOKENS", 64)
+        patch.setattr(backward, "TOKENS", 64)
         yield tmp_path_factory.mktemp("parity")
 
 
@@ -63,6 +65,24 @@ def ablated(compared, output):
     names = ("powers_of_two", "slack", "causality", "tokens")
     return quietly(ablations.main, "--only", *names, "--load", output / "trained", "--output", output,
                    "--json", output / "ablations.json")  # fmt: skip
+
+
+def test_backward_scales_beside_each_other(compared, output):
+    text, content = quietly(backward.main, "--load", output / "trained", "--output", output, "--lengths", 128, 256,
+                            "--json", output / "backward.json")  # fmt: skip
+    found = content["backward"]
+    assert text.count("<!-- table: backward") == 2
+    rows = {(row["case"], row["backward"]): row for row in found["gradients"]}
+    assert len(rows) == 6 * len(backward.MODES)
+    for (case, mode), row in rows.items():
+        if mode == "bound":
+            assert row["saturated"] == 0 and row["room of dqkv (bits)"] > 2, case
+            assert rows[case, "delayed"]["saturated"] > 0 or "32 times" not in case
+            assert row["dV"] > rows[case, "delayed"]["dV"] + 6 or "32 times" not in case
+    own, bound, alone = ([row for row in found["length"] if row["backward"] == what]
+                         for what in ("own amax", "bound", "bound, weights alone"))
+    for a, b, c in zip(own, bound, alone, strict=True):
+        assert abs(a["dQ"] - b["dQ"]) < 1 and b["room of dqkv (bits)"] < c["room of dqkv (bits)"]
 
 
 def test_parity_has_a_row_for_each_recipe(compared):

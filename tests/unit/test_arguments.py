@@ -181,6 +181,8 @@ REFUSED = {  # flags: (ranks, what the sentence must say)
     "--geoscale-failure-probability 0": (1, "--geoscale-failure-probability"),
     "--geoscale-refresh-interval 0": (1, "--geoscale-refresh-interval"),
     "--geoscale-logits-dtype bf16": (1, "--geoscale-logits-dtype"),
+    "--geoscale-backward fp8": (1, "--geoscale-backward must be one of bound, delayed, bf16"),
+    "--geoscale-recipe current --geoscale-backward bound": (1, "--geoscale-backward bound needs a recipe"),
     "--geoscale-attention te": (1, "--geoscale-attention te"),
     "--geoscale-fault-injection weight_spike:3": (1, "--geoscale-fault-injection"),
     "--geoscale-fault-injection nan_weight:x": (1, "--geoscale-fault-injection"),

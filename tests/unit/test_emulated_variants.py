@@ -16,7 +16,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention 
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_geoscale.attention import emulated  # noqa: E402
+from megatron_geoscale.attention import fp8_function  # noqa: E402
 from megatron_geoscale.attention.baselines import CurrentScaling, DelayedScaling  # noqa: E402
 from megatron_geoscale.attention.emulated import EmulatedAttention, fp8_attention  # noqa: E402
 from megatron_geoscale.scaling.formats import SLOT_FORMATS, Cast, cast, sqnr_db  # noqa: E402
@@ -42,7 +42,7 @@ def make_both(layer_number=1, **config):
 def without_casts(monkeypatch):
     """Casts that change nothing: what is left is the attention itself."""
     zero = torch.tensor(0)
-    monkeypatch.setattr(emulated, "cast", lambda x, scale, fmt, **_: Cast(x, x.abs().max(), zero, zero))
+    monkeypatch.setattr(fp8_function, "cast", lambda x, scale, fmt, **_: Cast(x, x.abs().max(), zero, zero))
     monkeypatch.setattr(parallel_state, "_GLOBAL_MEMORY_BUFFER", parallel_state.GlobalMemoryBuffer())
     tracker = SimpleNamespace(fork=lambda: torch.enable_grad())
     monkeypatch.setattr("megatron.core.tensor_parallel.get_cuda_rng_tracker", lambda: tracker)
@@ -62,12 +62,14 @@ VARIANTS = {
 }
 
 
+@pytest.mark.parametrize("fp8_backward", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_without_casts_output_and_gradients_are_megatrons(variant, without_casts):
+def test_without_casts_output_and_gradients_are_megatrons(variant, fp8_backward, without_casts):
     number, config = VARIANTS[variant]
     dtype = config.get("params_dtype", torch.float32)
     results = []
     for module in make_both(number, **config):
+        module.fp8_backward = fp8_backward
         q, k, v, grad = make_inputs(sq=16, sk=16, std=2.0, dtype=dtype)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)] + list(module.parameters())
         results.append(dict(zip(("out", "dq", "dk", "dv", "dsink"), [out := module(*leaves[:3], None)] + list(
