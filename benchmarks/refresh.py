@@ -68,7 +68,7 @@ def demo_model(precision: list[str], rounds: int) -> list[dict[str, Any]]:
     from megatron_geoscale.training.arguments import parse_args
 
     args = parse_args([*(LLAMA + DEMO).split(), *precision])
-    args.padded_vocab_size = args.vocab_size
+    args.padded_vocab_size = args.model_vocab_size = args.vocab_size
     chunks = model.build_model(args)
     optimizer = model.build_optimizer(args, chunks)
     engines = {what: attach_scaling(chunks, _config(flags)) for what, flags in RECIPES.items()}

@@ -11,6 +11,8 @@ there is no TorchFunctionMode, so an operator costs what it costs without us, in
 * Streams, events, `synchronize` and NVTX ranges do nothing: the CPU computes in order. (`torch.cuda.memory_allocated`
   and its like answer 0 without our help.)
 * torch.compile runs eagerly, for megatron-core's `jit_fuser` would call a C++ compiler.
+* The router of a mixture of experts multiplies by torch, not by Transformer Engine, and the sizes of what experts send
+  each other are numbers for gloo too.
 * The distributed optimizer's checkpoints take care of torch's Adam, which counts steps per parameter; megatron-core
   0.16.1 expects the optimizers of Transformer Engine or Apex there, and would resume with wrong step counts.
 
@@ -57,6 +59,8 @@ CHANGES = (
     "torch.cuda.nvtx.range_push",
     "torch.cuda.nvtx.range_pop",
     "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+    "megatron.core.transformer.moe.moe_utils.te_general_gemm",
+    "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.sharded_state_dict",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.load_state_dict",
@@ -95,7 +99,8 @@ def install() -> bool:
         _replace_devices()
         _replace_streams()
         _replace_rng()
-        _mend_distributed_optimizer()
+        mend_distributed_optimizer()
+        _mend_experts()
         _installed = True
     return True
 
@@ -121,7 +126,9 @@ def _replace_devices() -> None:
 
     def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = tensor_type(self, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+        if not isinstance(answer, str) or answer.startswith("torch.cuda."):
+            return answer
+        return answer.replace("torch.", "torch.cuda.", 1)
 
     def itself(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self
@@ -208,10 +215,16 @@ def _replace_rng() -> None:
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
-def _mend_distributed_optimizer() -> None:
-    """torch's Adam keeps a tensor `step` in each parameter's state; DistributedOptimizer forgets it in three places."""
+def mend_distributed_optimizer() -> None:
+    """Let the distributed optimizer resume torch's Adam rightly, on a GPU too; nothing where Adam is a fused one.
+
+    torch's keeps a tensor `step` in each parameter's state; DistributedOptimizer forgets it in three places.
+    """
+    from megatron.core.optimizer import Adam
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Optimizer
 
+    if not issubclass(Adam, torch.optim.Adam) or hasattr(Optimizer.sharded_state_dict, "__wrapped__"):
+        return
     set_states = Optimizer._set_main_param_and_optimizer_states
     sharded_state_dict, load_state_dict = Optimizer.sharded_state_dict, Optimizer.load_state_dict
 
@@ -244,6 +257,18 @@ def _mend_distributed_optimizer() -> None:
     Optimizer.load_state_dict = load_with_own_steps
 
 
+def _mend_experts() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    moe_utils.te_general_gemm = None  # what the router asks for; the name is missing without Transformer Engine
+
+    def as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # A tensor that is on the CPU already would stay one, and be no split size for all_to_all_single.
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = as_numbers
+
+
 def refuse_unsupported(config: TransformerConfig, ddp_config: DistributedDataParallelConfig) -> None:
     """Raise ValueError, in one sentence that names the flag, for what megatron-core cannot do without CUDA.
 
@@ -262,7 +287,18 @@ def refuse_unsupported(config: TransformerConfig, ddp_config: DistributedDataPar
         (config.enable_autocast, "unset enable_autocast and use --bf16: torch.autocast('cuda') does nothing here"),
         (config.cuda_graph_impl != "none", "remove --cuda-graph-impl: there are no CUDA graphs"),
         (config.context_parallel_size > 1, "remove --context-parallel-size: it needs Transformer Engine's attention"),
-        (config.num_moe_experts is not None, "remove --num-experts: the router calls Transformer Engine"),
+        (config.moe_grouped_gemm, "unset moe_grouped_gemm: the experts' one product is a CUDA kernel"),
+        (
+            config.moe_permute_fusion or config.moe_router_fusion,
+            "unset moe_permute_fusion and moe_router_fusion: those fusions are Transformer Engine's",
+        ),
+        (
+            config.moe_token_dispatcher_type == "alltoall"
+            and config.expert_model_parallel_size > 1
+            and (config.expert_tensor_parallel_size or 1) > 1,
+            "add --expert-tensor-parallel-size 1 or --moe-token-dispatcher-type allgather: gloo gathers no tensors of "
+            "different sizes",
+        ),
         ("layernorm" in recomputed, "remove layernorm from --recompute-modules: it calls Transformer Engine"),
         (
             "mlp" in recomputed and config.add_bias_linear,

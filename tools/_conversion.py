@@ -23,7 +23,7 @@ from tqdm import tqdm
 from _cli import naming, partial_path, sync, write_atomically
 from megatron_geoscale.checkpoints import torch_dist
 from megatron_geoscale.checkpoints.families import Family, read_family
-from megatron_geoscale.checkpoints.family_flags import family_of, flags_of
+from megatron_geoscale.checkpoints.family_flags import family_of, flags_of, same_activation
 from megatron_geoscale.checkpoints.hf_writer import (
     GENERATION,
     Entry,
@@ -31,7 +31,7 @@ from megatron_geoscale.checkpoints.hf_writer import (
     write_config,
     write_safetensors,
 )
-from megatron_geoscale.checkpoints.mapping import EXTRA_STATES, Part, model_parts
+from megatron_geoscale.checkpoints.mapping import Part, extra_states, has_fused_experts, model_parts
 from megatron_geoscale.checkpoints.safetensors_dir import DTYPES, SafetensorsDirectory, read_json
 from megatron_geoscale.checkpoints.torch_dist_writer import Chunk, write_torch_dist
 from megatron_geoscale.training.arguments import parse_args
@@ -65,13 +65,21 @@ def import_model(
         flags = flags_of(family)
     except ValueError as error:
         raise ValueError(f"{source / CONFIG}: {error}") from None
+    if family.num_layers % pipeline_parallel:
+        raise ValueError(f"--pipeline-model-parallel-size {pipeline_parallel} does not divide {family.num_layers} "
+                         "layers: leave it out, the checkpoint can be loaded under every layout")
+    if family.experts is not None and tensor_parallel > 1:
+        flags.append("--sequence-parallel")  # which experts then need
     flags += ["--tensor-model-parallel-size", str(tensor_parallel),
               "--pipeline-model-parallel-size", str(pipeline_parallel),
               "--seq-length", str(seq_length or min(family.max_positions, LONGEST_SEQUENCE))]
     # Without tokenizer for now: what is wrong with the model or the layout is known before anything is written.
     args = _parse([*flags, *_null_tokenizer(family)], tensor_parallel * pipeline_parallel)
     padded = padded_vocab_size(family.vocab_size, args.make_vocab_size_divisible_by, tensor_parallel)
-    parts = _described(model_parts(family, padded_vocab_size=padded, prefix=family.prefix(tensors)), tensors, source)
+    prefix = family.prefix(tensors)
+    fused = has_fused_experts(family, tensors, prefix)
+    promised = model_parts(family, padded_vocab_size=padded, prefix=prefix, fused_experts=fused)
+    parts = _described(promised, tensors, source)
     dtypes = [dtype or _common_dtype(part, tensors) for part in parts]
 
     with staged(target) as folder:
@@ -79,7 +87,7 @@ def import_model(
         copy_tokenizer(source, folder / TOKENIZER, also=[CONFIG, GENERATION])
         tokenizer, size = _tokenizer(folder / TOKENIZER, target.resolve() / TOKENIZER, family, source)
         args = _parse([*flags, *tokenizer, *_HALF_PRECISION.get(dtypes[0], [])], tensor_parallel * pipeline_parallel)
-        args.tokenizer_vocab_size, args.padded_vocab_size = size, padded
+        args.tokenizer_vocab_size, args.model_vocab_size, args.padded_vocab_size = size, family.vocab_size, padded
         directory = folder / "iter_0000000"
         directory.mkdir()
         with _progress([torch.Size(part.sizes).numel() * each.itemsize for part, each in zip(parts, dtypes)]) as done:
@@ -87,8 +95,7 @@ def import_model(
                 Chunk(part.key, part.shape, part.offsets, part.sizes, each, partial(_merge, part, tensors, each, done))
                 for part, each in zip(parts, dtypes)
             ]
-            layers = range(family.num_layers)
-            objects = {f"{key}/shard_{i}_{len(layers)}": [None] for key in EXTRA_STATES for i in layers}
+            objects = {key: [None] for key in extra_states(family)}
             write_torch_dist(directory, chunks, objects, _common_state(args))
     write_atomically(target / torch_dist.TRACKER, b"0")
     return (f"{target}: {family.model_type}, {family.num_layers} layers, {_dtype_name(dtypes[0])}, vocabulary of "
@@ -228,8 +235,8 @@ def export_model(source: Path, target: Path, *, dtype: torch.dtype | None) -> st
 def _original(family: Family, args: Namespace, folders: Sequence[Path]) -> tuple[Family, dict[str, Any]]:
     """`family` with the name and the vocabulary of the model that was imported, and its configuration, where its
     config.json still lies beside the tokenizer."""
-    def shape(of: Family) -> tuple[int, ...]:
-        return (of.num_layers, of.hidden_size, of.num_heads, of.num_groups, of.head_dim, of.ffn_hidden_size)
+    def shape(of: Family) -> tuple[Any, ...]:
+        return (of.num_layers, of.hidden_size, of.num_heads, of.num_groups, of.head_dim, of.ffn_hidden_size, of.experts)
 
     for folder in folders:
         path = (folder.parent if folder.is_file() else folder) / CONFIG
@@ -241,7 +248,9 @@ def _original(family: Family, args: Namespace, folders: Sequence[Path]) -> tuple
         is_same = names[0] == names[1] or names == ("mistral", "llama")
         fits = args.tokenizer_vocab_size <= stated.vocab_size <= args.padded_vocab_size
         if is_same and fits and shape(stated) == shape(family):
-            return replace(family, model_type=stated.model_type, vocab_size=stated.vocab_size), read_json(path)
+            activation = stated.activation if same_activation(stated, family) else family.activation
+            named = {"model_type": stated.model_type, "vocab_size": stated.vocab_size, "activation": activation}
+            return replace(family, **named), read_json(path)
     return family, {}
 
 

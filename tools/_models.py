@@ -194,13 +194,14 @@ def _args_of(directory: Path, step: int | None, recipe: str) -> Namespace:
     weights_only = ["--use-checkpoint-args", "--no-load-optim", "--no-load-rng"]
     args = parse_args([*load, *weights_only, *dtype, "--geoscale-recipe", recipe, *UNTRAINED])
     args.padded_vocab_size = saved.padded_vocab_size
+    args.model_vocab_size = getattr(saved, "model_vocab_size", saved.tokenizer_vocab_size)
     return args
 
 
 def _tokenizer_for(args: Namespace, tokenizer_type: str | None, tokenizer_model: str | None) -> Any:
     """The checkpoint's tokenizer, or the one that the user names."""
     from megatron_geoscale.training import data
-    from megatron_geoscale.training.arguments import TOKENIZER_TYPES
+    from megatron_geoscale.training.arguments import TOKENIZER_TYPES, TOKENIZERS_WITHOUT_MODEL
 
     kind = tokenizer_type or args.tokenizer_type
     if kind not in TOKENIZER_TYPES:
@@ -211,9 +212,9 @@ def _tokenizer_for(args: Namespace, tokenizer_type: str | None, tokenizer_model:
             "--tokenizer-model"
         )
     model = tokenizer_model or args.tokenizer_model
-    if model is None:
+    if model is None and kind not in TOKENIZERS_WITHOUT_MODEL:
         raise ValueError(f"--tokenizer-model is required with {kind}")
-    tokenizer = data.build_tokenizer(kind, model, None)
+    tokenizer = data.build_tokenizer(kind, model, args.vocab_size if kind == "ByteLevelTokenizer" else None)
     if tokenizer.vocab_size > args.padded_vocab_size:
         raise ValueError(
             f"--tokenizer-model {model} has {tokenizer.vocab_size} tokens, more than the {args.padded_vocab_size} of "

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Converts a Hugging Face model into a checkpoint of pretrain.py, and back.
 
-GPT-2, Llama (2, 3, 3.1), Mistral, Qwen2, Qwen2.5 and Qwen3, in safetensors. Weights come back bit by bit. After
-`import HF_DIR MEGATRON_DIR`, `pretrain.py --load MEGATRON_DIR --use-checkpoint-args` needs no flag of the model or the
-tokenizer, under any tensor- and pipeline-parallel layout.
+GPT-2, Llama (2, 3, 3.1), Mistral, Mixtral, Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE, in safetensors. Weights come back bit
+by bit. After `import HF_DIR MEGATRON_DIR`, `pretrain.py --load MEGATRON_DIR --use-checkpoint-args` needs no flag of the
+model or the tokenizer, under any tensor-, pipeline- and expert-parallel layout.
 """
 
 from __future__ import annotations

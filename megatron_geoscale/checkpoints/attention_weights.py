@@ -98,7 +98,7 @@ class HuggingFaceAttention:
         """As `AttentionSource.layer`."""
         family, named = self.family, self.family.attention(number, self._prefix)
         tensors = {what: _as_float(stored.name, self._tensors.tensor(stored.name)) for what, stored in named.items()}
-        geometry = _huggingface_geometry(family, number, max(_roundoff(tensor) for tensor in tensors.values()))
+        geometry = huggingface_geometry(family, number, max(_roundoff(tensor) for tensor in tensors.values()))
         if family.is_fused:  # Conv1D holds the transpose
             weights = tensors["qkv"].t().chunk(3)
             biases = tensors["qkv_bias"].chunk(3)
@@ -111,11 +111,12 @@ class HuggingFaceAttention:
         )
         return AttentionWeights(
             number, query, key, value, tensors["gain"].double(), tensors.get("shift"),
-            _head_norms(tensors, geometry, zero_centered=False), geometry,
+            head_norms(tensors, geometry, zero_centered=False), geometry,
         )
 
 
-def _huggingface_geometry(family: Family, number: int, unit_roundoff: float) -> AttentionGeometry:
+def huggingface_geometry(family: Family, number: int, unit_roundoff: float) -> AttentionGeometry:
+    """Of layer `number`, from 1, of a Hugging Face model whose arithmetic has this unit roundoff."""
     return AttentionGeometry(
         hidden_size=family.hidden_size,
         num_heads=family.num_heads,
@@ -193,7 +194,7 @@ class MegatronAttention:
         zero_centered = args.apply_layernorm_1p and not args.qk_l2_norm
         return AttentionWeights(
             number, (w_q, b_q), (w_k, b_k), (w_v, b_v), gain, tensors.get("shift"),
-            _head_norms(tensors, geometry, zero_centered=zero_centered), geometry,
+            head_norms(tensors, geometry, zero_centered=zero_centered), geometry,
         )
 
 
@@ -236,9 +237,11 @@ def _megatron_geometry(args: argparse.Namespace, number: int, unit_roundoff: flo
     )
 
 
-def _head_norms(
+def head_norms(
     tensors: Mapping[str, torch.Tensor], geometry: AttentionGeometry, *, zero_centered: bool
 ) -> tuple[HeadNorm, HeadNorm] | None:
+    """Of queries and keys, from `q_norm` and `k_norm` of a layer's tensors and, where they shift, `q_norm_shift` and
+    `k_norm_shift`; None where they are not normalised."""
     if "q_norm" not in tensors:
         return None
     rotary = {"rotary_dim": geometry.rotary_dim, "rotary_scale": geometry.rotary_scale}

@@ -1,8 +1,8 @@
 """What a Hugging Face `config.json` says of a model, and how its family names and stores its tensors.
 
-Families: GPT-2, Llama (2, 3, 3.1), Mistral, Qwen2 and 2.5, Qwen3, Mixtral. The keys of `config.json` are those of
-https://huggingface.co/docs/transformers; where a key is absent, transformers' default counts. Every wrong value is a
-ValueError in one sentence that names the file and the key.
+Families: GPT-2, Llama (2, 3, 3.1), Mistral, Qwen2 and 2.5, Qwen3, and with a mixture of experts Mixtral and Qwen3-MoE.
+The keys of `config.json` are those of https://huggingface.co/docs/transformers; where a key is absent, transformers'
+default counts. Every wrong value is a ValueError in one sentence that names the file and the key.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from megatron_geoscale.scaling.folding import yarn_scale
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 """Kinds of rotary embedding that turn pairs and, apart from YaRN's factor, do nothing else."""
-_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 MODEL_TYPES = ("gpt2", *_LLAMA_LIKE)
-_FFN_HIDDEN_SIZE = dict(zip(_LLAMA_LIKE, (11008, 14336, 22016, 22016, 14336)))
-_RMS_NORM_EPS = dict(zip(_LLAMA_LIKE, (1e-6, 1e-6, 1e-6, 1e-6, 1e-5)))
+_FFN_HIDDEN_SIZE = dict(zip(_LLAMA_LIKE, (11008, 14336, 22016, 22016, 14336, 768)))
+_RMS_NORM_EPS = dict(zip(_LLAMA_LIKE, (1e-6, 1e-6, 1e-6, 1e-6, 1e-5, 1e-6)))
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,17 @@ class Rope:
     """As in the file: `factor`, `original_max_position_embeddings`, ..."""
     scale: float = 1.0
     """What cosines and sines are multiplied by, transformers' `attention_factor`."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What every layer has for an MLP in a mixture of experts."""
+
+    count: int
+    per_token: int
+    sums_to_one: bool
+    """Whether the weights of a token's experts are divided by their sum, which a softmax over their scores alone does
+    too; else they are a share of the softmax over all experts."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,8 @@ class Family:
     tied_embeddings: bool
     sliding_window: int | None
     attention_dropout: float
+    hidden_dropout: float
+    """Of embeddings and of what layers add, GPT-2's `resid_pdrop`."""
     ffn_hidden_size: int
     """Of an expert, in a mixture of experts."""
     norm_epsilon: float
@@ -77,6 +90,7 @@ class Family:
     scales_logits: bool = True
     """Whether logits are divided by sqrt(head_dim), and by the layer number too (`scales_by_layer`)."""
     scales_by_layer: bool = False
+    experts: Experts | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -130,7 +144,12 @@ def _norm_name(family: Family) -> str:
 def read_family(path: Path) -> Family:
     """The model that the file `path`, a `config.json`, describes. ValueError in one sentence for one that is refused.
     """
-    config = _Config(path)
+    return family_from(read_json(path), path)
+
+
+def family_from(content: Mapping[str, Any], path: Path) -> Family:
+    """As `read_family`, of what such a file holds; `path` is what messages call it."""
+    config = _Config(path, content)
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         named = config.get("architectures")
@@ -168,6 +187,7 @@ def _gpt2(config: _Config) -> Family:
         tied_embeddings=config.flag("tie_word_embeddings", True),
         sliding_window=None,
         attention_dropout=config.probability("attn_pdrop", 0.1),
+        hidden_dropout=config.probability("resid_pdrop", 0.1),
         ffn_hidden_size=4 * hidden if config.get("n_inner") is None else config.size("n_inner"),
         norm_epsilon=config.positive("layer_norm_epsilon", config.get("layer_norm_epsilon", 1e-5)),
         activation=config.get("activation_function", "gelu_new"),
@@ -183,7 +203,8 @@ def _llama_like(config: _Config, model_type: str) -> Family:
         head_dim = config.size("head_dim", 128)
     else:
         head_dim = config.quotient(hidden, heads, "hidden_size", "num_attention_heads")
-    with_bias = model_type in ("llama", "qwen3") and config.flag("attention_bias", False)
+    with_bias = model_type in ("llama", "qwen3", "qwen3_moe") and config.flag("attention_bias", False)
+    ffn_key = "moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size"
     groups = config.get("num_key_value_heads")
     if groups is not None or model_type != "llama":  # Llama's first files, older than grouped queries, lack it
         groups = config.size("num_key_value_heads")
@@ -201,15 +222,44 @@ def _llama_like(config: _Config, model_type: str) -> Family:
         rope=_rope(config, max_positions, default_theta=1e6 if model_type == "mixtral" else 1e4),
         qkv_bias=with_bias or model_type == "qwen2",
         output_bias=with_bias,
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type.startswith("qwen3"),
         tied_embeddings=config.flag("tie_word_embeddings", False),
         sliding_window=_sliding_window(config, model_type),
         attention_dropout=config.probability("attention_dropout", 0.0),
-        ffn_hidden_size=config.size("intermediate_size", _FFN_HIDDEN_SIZE[model_type]),
+        hidden_dropout=0.0,
+        ffn_hidden_size=config.size(ffn_key, _FFN_HIDDEN_SIZE[model_type]),
         norm_epsilon=config.positive("rms_norm_eps", config.get("rms_norm_eps", _RMS_NORM_EPS[model_type])),
         activation=config.get("hidden_act", "silu"),
         mlp_bias=model_type == "llama" and config.flag("mlp_bias", False),
+        experts=_EXPERTS[model_type](config) if model_type in _EXPERTS else None,
     )
+
+
+def _mixtral_experts(config: _Config) -> Experts:
+    jitter = config.get("router_jitter_noise", 0.0)
+    if jitter != 0.0:
+        raise ValueError(f"{config.path}: router_jitter_noise {jitter} is not supported, only 0 is")
+    count = config.size("num_local_experts", 8)
+    return _experts(config, count, config.size("num_experts_per_tok", 2), sums_to_one=True)
+
+
+def _qwen3_experts(config: _Config) -> Experts:
+    if config.get("mlp_only_layers") or config.size("decoder_sparse_step", 1) != 1:
+        raise ValueError(f"{config.path}: mlp_only_layers and decoder_sparse_step are not supported: every layer must "
+                         "have experts")
+    former = config.get("num_experts") is not None  # the name before transformers 5
+    count = config.size("num_experts" if former else "num_local_experts", 128)
+    return _experts(config, count, config.size("num_experts_per_tok", 8),
+                    sums_to_one=config.flag("norm_topk_prob", False))
+
+
+def _experts(config: _Config, count: int, per_token: int, *, sums_to_one: bool) -> Experts:
+    if per_token > count:
+        raise ValueError(f"{config.path}: num_experts_per_tok {per_token} exceeds the number of experts, {count}")
+    return Experts(count, per_token, sums_to_one)
+
+
+_EXPERTS = {"mixtral": _mixtral_experts, "qwen3_moe": _qwen3_experts}
 
 
 def _sliding_window(config: _Config, model_type: str) -> int | None:
@@ -259,8 +309,8 @@ def _yarn_scale(config: _Config, settings: Mapping[str, Any], max_positions: int
 class _Config:
     """The keys of a `config.json`, checked as they are read."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._content = path, read_json(path)
+    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+        self.path, self._content = path, content
 
     def get(self, key: str, default: Any = None) -> Any:
         return self._content.get(key, default)

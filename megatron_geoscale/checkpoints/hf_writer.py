@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_geoscale.checkpoints.families import Family
-from megatron_geoscale.checkpoints.family_flags import LLAMA3_ROPE
+from megatron_geoscale.checkpoints.families import Experts, Family
 from megatron_geoscale.checkpoints.safetensors_dir import DTYPES, INDEX, SINGLE
 
 SHARD_BYTES = 5_000_000_000
@@ -26,7 +25,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 GENERATION = "generation_config.json"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-                  "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+                  "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mixtral": "MixtralForCausalLM",
+                  "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ def _gpt2_config(family: Family) -> dict[str, Any]:
         "activation_function": family.activation,
         "layer_norm_epsilon": family.norm_epsilon,
         "attn_pdrop": family.attention_dropout,
+        "resid_pdrop": family.hidden_dropout,
         "tie_word_embeddings": family.tied_embeddings,
     }
 
@@ -142,15 +143,36 @@ def _llama_config(family: Family) -> dict[str, Any]:
         "tie_word_embeddings": family.tied_embeddings,
         # In the form that transformers 4 and 5 both read.
         "rope_theta": rope.theta,
-        "rope_scaling": {**LLAMA3_ROPE, "factor": rope.settings["factor"]} if rope.kind == "llama3" else None,
+        "rope_scaling": dict(rope.settings) or None,
     }
-    if family.model_type == "qwen3" or family.head_dim * family.num_heads != family.hidden_size:
-        config["head_dim"] = family.head_dim  # otherwise the quotient is what transformers takes
-    if family.model_type == "mistral":
+    implied = family.head_dim * family.num_heads == family.hidden_size
+    # Otherwise the quotient is what transformers takes, except that its YaRN finds none in a Mixtral.
+    if family.model_type == "qwen3" or not implied or (family.model_type, rope.kind) == ("mixtral", "yarn"):
+        config["head_dim"] = family.head_dim
+    if family.experts is not None:
+        config |= _expert_config(family, family.experts)
+        if family.model_type == "qwen3_moe":
+            del config["intermediate_size"]  # of layers without experts, and there are none
+    if family.model_type in ("mistral", "mixtral"):
         config["sliding_window"] = family.sliding_window
     elif family.model_type.startswith("qwen"):
         config["use_sliding_window"] = False
     return config
+
+
+def _expert_config(family: Family, experts: Experts) -> dict[str, Any]:
+    if family.model_type == "mixtral":
+        return {"num_local_experts": experts.count, "num_experts_per_tok": experts.per_token}
+    return {
+        # Both names: transformers 4 reads the first, and transformers 5 writes the second.
+        "num_experts": experts.count,
+        "num_local_experts": experts.count,
+        "num_experts_per_tok": experts.per_token,
+        "moe_intermediate_size": family.ffn_hidden_size,
+        "norm_topk_prob": experts.sums_to_one,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 def copy_tokenizer(source: Path, target: Path, *, also: Sequence[str] = ()) -> bool:

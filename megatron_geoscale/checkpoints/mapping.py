@@ -7,23 +7,32 @@ names are those of megatron-core's torch_dist checkpoints, the same for every te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from megatron_geoscale.checkpoints.families import Family, Stored
+from megatron_geoscale.checkpoints.families import Experts, Family, Stored
 from megatron_geoscale.spectral.projections import split_linear_qkv
 
 Merge = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 Split = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
-EXTRA_STATES = tuple(
-    f"decoder.layers.{name}._extra_state"
-    for name in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-)
-"""Objects that megatron-core saves for every layer beside the tensors, and asks for when it loads; all are None."""
+def extra_states(family: Family) -> list[str]:
+    """Keys of what megatron-core saves for every linear layer beside the tensors, and asks for when it loads: None."""
+    linear, layers = ["self_attention.linear_qkv", "self_attention.linear_proj"], family.num_layers
+    linear += [] if family.experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+    keys = [f"decoder.layers.{name}._extra_state/shard_{i}_{layers}" for name in linear for i in range(layers)]
+    for name in ("linear_fc1", "linear_fc2") if family.experts else ():
+        count = family.experts.count
+        keys += [f"{_EXPERTS}.{name}._extra_state/shard_{i}.{expert}_{layers}.{count}"
+                 for i in range(layers) for expert in range(count)]
+    return keys
+
+
+_EXPERTS = "decoder.layers.mlp.experts.experts"
+"""Of a SequentialMLP and of a TEGroupedMLP alike."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,9 @@ class Part:
     merge: Merge
     """Tensors as in `sources` -> one with as many elements as `sizes`, in its order."""
     split: Split
-    """The inverse, from [sizes] without the dimension of layers."""
+    """The inverse, from [sizes] without what is stacked."""
+    stacked: int
+    """Leading dimensions of size 1 that the merged tensor lacks: layers, and single experts."""
 
     def to_megatron(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """[sizes], contiguous, from tensors as in `sources`, all of one dtype, which is kept."""
@@ -49,19 +60,17 @@ class Part:
 
     def to_huggingface(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Contiguous tensors as in `sources` from [sizes]; those that are cut off the front share its memory."""
-        is_stacked = self.key.startswith("decoder.layers.")
-        whole = tensor.view(self.sizes[1:] if is_stacked else self.sizes)
-        return [piece.contiguous() for piece in self.split(whole)]
+        return [piece.contiguous() for piece in self.split(tensor.view(self.sizes[self.stacked :]))]
 
 
-def model_parts(family: Family, *, padded_vocab_size: int, prefix: str) -> Iterator[Part]:
+def model_parts(
+    family: Family, *, padded_vocab_size: int, prefix: str, fused_experts: bool = False
+) -> Iterator[Part]:
     """All parts of a model, in the order of its layers.
 
     `padded_vocab_size`: rows of Megatron's embedding, those beyond `family.vocab_size` zero. `prefix` as
-    `Family.prefix`. Raises ValueError for a family whose tensors this does not map.
+    `Family.prefix`. `fused_experts`: as in `has_fused_experts`.
     """
-    if family.model_type == "mixtral":
-        raise ValueError("mixtral is a mixture of experts, which is not converted")
     names = _GPT2_NAMES if family.is_fused else _LLAMA_NAMES
     vocab = _padding(family.vocab_size, padded_vocab_size)
     d, rows = family.hidden_size, (family.vocab_size, padded_vocab_size)
@@ -71,7 +80,7 @@ def model_parts(family: Family, *, padded_vocab_size: int, prefix: str) -> Itera
         shape = (family.max_positions, d)
         yield _whole("embedding.position_embeddings.weight", shape, Stored(f"{prefix}wpe.weight", shape))
     for number in range(1, family.num_layers + 1):
-        yield from _Layer(family, number, prefix).parts()
+        yield from _Layer(family, number, prefix, fused_experts).parts()
     for kind in ("weight", "bias")[: 2 if family.norm == "LayerNorm" else 1]:
         yield _whole(f"decoder.final_layernorm.{kind}", (d,), Stored(f"{prefix}{names['norm']}.{kind}", (d,)))
     if not family.tied_embeddings:
@@ -81,13 +90,25 @@ def model_parts(family: Family, *, padded_vocab_size: int, prefix: str) -> Itera
 _GPT2_NAMES = {"embedding": "wte", "norm": "ln_f", "out": "attn.c_proj", "norm2": "ln_2", "fc2": "mlp.c_proj"}
 _LLAMA_NAMES = {"embedding": "embed_tokens", "norm": "norm", "out": "self_attn.o_proj",
                 "norm2": "post_attention_layernorm", "fc2": "mlp.down_proj"}
+_EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "fused": ("mlp", "gate_up_proj", "", "down_proj"),
+}
+"""The block, and each expert's gate, up and down projection."""
+
+
+def has_fused_experts(family: Family, names: Container[str], prefix: str) -> bool:
+    """Whether a checkpoint that holds `names` has one tensor for all experts of a layer, as transformers 5 computes
+    them and, if it is told to, saves them."""
+    return family.experts is not None and f"{family.layer_stem(1, prefix)}mlp.experts.gate_up_proj" in names
 
 
 class _Layer:
     """The parts of one layer."""
 
-    def __init__(self, family: Family, number: int, prefix: str) -> None:
-        self.family, self.number = family, number
+    def __init__(self, family: Family, number: int, prefix: str, fused_experts: bool) -> None:
+        self.family, self.number, self.fused_experts = family, number, fused_experts
         self.stem, self.attention = family.layer_stem(number, prefix), family.attention(number, prefix)
         self.names = _GPT2_NAMES if family.is_fused else _LLAMA_NAMES
 
@@ -104,6 +125,10 @@ class _Layer:
                 shape = (family.head_dim,)
                 yield self._part(f"self_attention.{letter}_layernorm.weight", shape, [named[f"{letter}_norm"]])
         yield from self._linear("self_attention.linear_proj", (d, width), self.names["out"], family.output_bias)
+        if family.experts is not None:
+            yield self._part("pre_mlp_layernorm.weight", (d,), [Stored(norm2 + ".weight", (d,))])
+            yield from self._experts(family.experts)
+            return
         yield self._part("mlp.linear_fc1.layer_norm_weight", (d,), [Stored(norm2 + ".weight", (d,))])
         if family.norm == "LayerNorm":
             yield self._part("mlp.linear_fc1.layer_norm_bias", (d,), [Stored(norm2 + ".bias", (d,))])
@@ -114,6 +139,33 @@ class _Layer:
                 source = Stored(f"{self.stem}mlp.{name}_proj.weight", (f, d))
                 yield self._part("mlp.linear_fc1.weight", (2 * f, d), [source], rows=(row, f))
         yield from self._linear("mlp.linear_fc2", (d, f), self.names["fc2"], family.mlp_bias)
+
+    def _experts(self, experts: Experts) -> Iterator[Part]:
+        """The router, and every expert's gated MLP; or the MLPs of all experts in two tensors."""
+        d, f, count = self.family.hidden_size, self.family.ffn_hidden_size, experts.count
+        block, gate, up, down = _EXPERT_NAMES["fused" if self.fused_experts else self.family.model_type]
+        stem = f"{self.stem}{block}."
+        yield self._part("mlp.router.weight", (count, d), [Stored(stem + "gate.weight", (count, d))])
+        shapes = {"linear_fc1": (count, 2 * f, d), "linear_fc2": (count, d, f)}
+        if self.fused_experts:  # in Megatron's order: gates on the other halves
+            for name, source in zip(shapes, (gate, down), strict=True):
+                key = f"{_EXPERTS.removeprefix('decoder.layers.')}.{name}.weight"
+                yield self._part(key, shapes[name], [Stored(f"{stem}experts.{source}", shapes[name])])
+            return
+        for expert in range(count):
+            for name, source, row, size in (
+                ("linear_fc1", gate, 0, (f, d)), ("linear_fc1", up, f, (f, d)), ("linear_fc2", down, 0, (d, f)),
+            ):
+                yield Part(
+                    key=f"{_EXPERTS}.{name}.weight",
+                    shape=(self.family.num_layers, *shapes[name]),
+                    offsets=(self.number - 1, expert, row, 0),
+                    sizes=(1, 1, *size),
+                    sources=(Stored(f"{stem}experts.{expert}.{source}.weight", size),),
+                    merge=_only,
+                    split=_alone,
+                    stacked=2,
+                )
 
     def _linear(self, key: str, shape: tuple[int, int], name: str, bias: bool) -> Iterator[Part]:
         """A linear layer of Megatron's `shape`; GPT-2's Conv1D holds the transpose."""
@@ -151,12 +203,13 @@ class _Layer:
             sources=tuple(sources),
             merge=merge or _only,
             split=split or _alone,
+            stacked=1,
         )
 
 
 def _whole(key: str, shape: tuple[int, ...], source: Stored, merge: Merge | None = None, split: Split | None = None
            ) -> Part:
-    return Part(key, shape, (0,) * len(shape), shape, (source,), merge or _only, split or _alone)
+    return Part(key, shape, (0,) * len(shape), shape, (source,), merge or _only, split or _alone, 0)
 
 
 def _only(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

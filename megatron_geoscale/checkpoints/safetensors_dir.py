@@ -32,6 +32,7 @@ class SafetensorsDirectory:
         self._file_of = self._find()
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
+        self._starts: dict[str, int] = {}
         for file in sorted(set(self._file_of.values())):
             self._read_shapes(file)
         for name, file in self._file_of.items():
@@ -59,11 +60,18 @@ class SafetensorsDirectory:
         return DTYPES[self._dtypes[name]]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in its stored dtype; its pages are read from the file as they are used."""
-        self.shape(name)
-        path = self.directory / self._file_of[name]
-        with _opened(path) as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+        """One tensor in its stored dtype, in memory of its own."""
+        shape, path = self.shape(name), self.directory / self._file_of[name]
+        if self._dtypes[name] not in DTYPES:
+            with _opened(path) as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+        # safetensors would read the whole header again for every tensor.
+        tensor = torch.empty(shape, dtype=DTYPES[self._dtypes[name]])
+        with path.open("rb") as content:
+            content.seek(self._starts[name])
+            if content.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
+                raise ValueError(f"{path} is not a whole safetensors file: {name} is cut short")
         return tensor
 
     def _find(self) -> dict[str, str]:
@@ -95,10 +103,20 @@ class SafetensorsDirectory:
 
     def _read_shapes(self, name: str) -> None:
         with _opened(self.directory / name) as file:
+            starts = _read_starts(self.directory / name)  # of a file that has just been found whole
             for key in file.keys():  # noqa: SIM118
                 if self._file_of.get(key) == name:
                     header = file.get_slice(key)
                     self._shapes[key], self._dtypes[key] = tuple(header.get_shape()), header.get_dtype()
+                    self._starts[key] = starts[key]
+
+
+def _read_starts(path: Path) -> dict[str, int]:
+    """Where each tensor's bytes begin in a whole safetensors file: its length, then JSON, then the tensors."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import argparse
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from enum import Enum
 from io import BytesIO
 from pathlib import Path
@@ -57,9 +57,8 @@ class TorchDistDirectory:
             if not (directory / name).is_file():
                 raise ValueError(f"{directory} is not a complete torch_dist checkpoint: it has no {name}")
         with self._reading(METADATA):
-            self._metadata = _AllowList(BytesIO((directory / METADATA).read_bytes())).load()
-            if not isinstance(self._metadata, Metadata):
-                raise TypeError("holds no metadata of a checkpoint")
+            self._metadata = read_metadata(directory)
+        self._by_layer: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
         self._reader = FileSystemReader(directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
@@ -103,7 +102,7 @@ class TorchDistDirectory:
         target = torch.empty(size, dtype=metadata.properties.dtype)
         chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=size)
         with self._reading(name):
-            items = create_read_items_for_chunk_list(name, metadata, [chunk])
+            items = create_read_items_for_chunk_list(name, self._near(name, chunk), [chunk])
             if sum(item.lengths.numel() for item in items) != size.numel():
                 raise ValueError(f"chunks of {list(sizes)} from {list(offsets)} on are missing")
             for item in items:
@@ -112,6 +111,22 @@ class TorchDistDirectory:
                     raise ValueError(f"{path} is not a file of this directory")
             self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         return target
+
+    def _near(self, name: str, wanted: ChunkStorageMetadata) -> TensorStorageMetadata:
+        """Metadata of a tensor without the chunks of other layers than `wanted`, if it is one layer's: torch compares
+        what is wanted with every chunk, and with many experts there are tens of thousands."""
+        metadata = self._tensor_metadata(name)
+        if not wanted.sizes or wanted.sizes[0] != 1:
+            return metadata
+        if name not in self._by_layer:
+            layers = self._by_layer[name] = {}
+            for chunk in metadata.chunks:
+                if chunk.sizes[0] != 1:  # not stacked
+                    layers.clear()
+                    break
+                layers.setdefault(chunk.offsets[0], []).append(chunk)
+        layers = self._by_layer[name]
+        return replace(metadata, chunks=layers.get(wanted.offsets[0], [])) if layers else metadata
 
     def _tensor_metadata(self, name: str) -> TensorStorageMetadata:
         if name not in self:
@@ -129,6 +144,18 @@ class TorchDistDirectory:
             raise ValueError(f"{self.directory}: {what} cannot be read: {type(error).__name__} {reason}") from error
 
 
+def read_metadata(directory: Path) -> Metadata:
+    """The `.metadata` of an iteration's directory: what is in which of its files.
+
+    Raises pickle.UnpicklingError for a file that names anything but the plain records that metadata is made of, and
+    whatever a damaged pickle raises.
+    """
+    metadata = _AllowList(BytesIO((directory / METADATA).read_bytes())).load()
+    if not isinstance(metadata, Metadata):
+        raise TypeError("holds no metadata of a checkpoint")
+    return metadata
+
+
 class _AllowList(pickle.Unpickler):
     """Reads what torch's `.metadata` is made of: its plain records, and torch's dtypes and shapes."""
 
@@ -141,7 +168,16 @@ class _AllowList(pickle.Unpickler):
             found = super().find_class(module, name)
             if isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum)):
                 return found
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint's metadata")
+
+
+def _enum_member(owner: Any, name: str) -> Enum:
+    """For `getattr`, by which some Pythons, such as 3.11.2, pickle the members of an Enum; it gives nothing else."""
+    if isinstance(owner, type) and issubclass(owner, Enum):
+        return owner[name]
+    raise pickle.UnpicklingError(f"it asks {owner!r} for {name}, which is no part of a checkpoint's metadata")
 
 
 class _Into(LoadPlanner):

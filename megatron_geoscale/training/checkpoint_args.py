@@ -1,8 +1,10 @@
-"""--use-checkpoint-args: the model's flags, its tokenizer and its sequence length from the checkpoint in --load.
+"""--use-checkpoint-args: the model's flags, tokenizer, sequence length and dropout from the checkpoint in --load.
 
-As in Megatron-LM, whose launch scripts then need no flag of the model. The saved values are parsed as if they had been
-typed, so a value that pretrain.py does not take is refused as it would be on the command line. No process group is
-needed. https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/training/checkpointing.py, load_args_from_checkpoint.
+As in Megatron-LM, whose launch scripts then need no flag of the model. What the model is, the checkpoint decides,
+whatever is typed; of what a run may choose, `RUN_FLAGS`, it gives the default. The saved values are parsed as if they
+had been typed, so a value that pretrain.py does not take is refused as it would be on the command line. No process
+group is needed. load_args_from_checkpoint in
+https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/training/checkpointing.py
 """
 
 from __future__ import annotations
@@ -13,10 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_geoscale.training.expert_arguments import add_expert_model_args
 from megatron_geoscale.training.model_arguments import add_model_args, flag, require
 
+RUN_FLAGS = ("seq_length", "attention_dropout", "hidden_dropout")
+"""Taken from the checkpoint where they are not typed. So is --max-position-embeddings, unless positions are learned."""
 UNTRAINED = ("--mock-data", "--micro-batch-size", "1", "--train-iters", "0", "--lr", "1")
 """What pretrain.py requires of a command line, for a model that is built and not trained."""
+TOKENIZER = "tokenizer"
+"""Directory of a converted model's tokenizer, in that of the checkpoint."""
 
 
 def saveable(args: argparse.Namespace) -> argparse.Namespace:
@@ -26,14 +33,17 @@ def saveable(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def checkpoint_flags() -> tuple[str, ...]:
-    """Names of what a checkpoint decides: all that `add_model_args` adds, sequence length, tokenizer, vocabulary."""
+    """Names of what a checkpoint decides: all that `add_model_args` and `add_expert_model_args` add, sequence length,
+    tokenizer, vocabulary."""
     parser = argparse.ArgumentParser(add_help=False)
     add_model_args(parser)
+    add_expert_model_args(parser)
     return (*vars(parser.parse_args([])), "seq_length", "tokenizer_type", "tokenizer_model", "vocab_size")
 
 
 def saved_args(args: argparse.Namespace) -> tuple[Path, argparse.Namespace]:
-    """Directory and flags of the checkpoint that --load and --ckpt-step name.
+    """Directory and flags of the checkpoint that --load and --ckpt-step name. A tokenizer that is not where it was is
+    looked for beside the checkpoint, where convert_hf.py puts it: both may have been moved together.
 
     Raises ValueError where there is none, or where it is damaged.
     """
@@ -44,21 +54,33 @@ def saved_args(args: argparse.Namespace) -> tuple[Path, argparse.Namespace]:
     directory = checkpoint_to_load(args)
     if directory is None:
         raise ValueError(f"--load {args.load} holds no checkpoint to take the flags from: {TRACKER} is not there")
-    return directory, TorchDistDirectory(directory).args()
+    saved = TorchDistDirectory(directory).args()
+    if getattr(saved, "tokenizer_model", None) is not None and not os.path.exists(saved.tokenizer_model):
+        beside = directory.parent / TOKENIZER
+        found = [path for path in (beside / Path(saved.tokenizer_model).name, beside) if path.exists()]
+        saved.tokenizer_model = str(found[0]) if found else saved.tokenizer_model
+    return directory, saved
 
 
 def parse_with_checkpoint_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags in `argv`, those of `checkpoint_flags` replaced by what the checkpoint in --load was saved with.
 
-    A typed flag that contradicts the checkpoint is overridden, with one printed line; one that the checkpoint says
-    nothing of keeps its value. Raises ValueError as `saved_args`, and for saved values that `parser` refuses.
+    A typed flag that contradicts the checkpoint is overridden, with one printed line, unless it is one of `RUN_FLAGS`;
+    one that the checkpoint says nothing of keeps its value. Raises ValueError as `saved_args`, and for saved values
+    that `parser` refuses.
     """
-    names = checkpoint_flags()
+    names = tuple(dict.fromkeys((*checkpoint_flags(), *RUN_FLAGS)))
     typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))  # None: not typed
     directory, saved = saved_args(typed)
     decided = _decided(saved, names)
     if not typed.use_tokenizer_model_from_checkpoint_args and typed.tokenizer_model is not None:
         decided.pop("tokenizer_model", None)
+    chosen = RUN_FLAGS
+    if getattr(saved, "position_embedding_type", None) != "learned_absolute":
+        chosen += ("max_position_embeddings",)
+    for name in chosen:
+        if getattr(typed, name) is not None:
+            decided.pop(name, None)
 
     start = {name: parser.get_default(name) for name in names}
     start |= {name: value for name in names if name not in decided and (value := getattr(typed, name)) is not None}

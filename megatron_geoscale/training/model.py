@@ -23,9 +23,13 @@ from megatron.core.transformer.utils import openai_gelu
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from megatron_geoscale import cpu
-from megatron_geoscale.attention.spec import use_emulated_attention
+from megatron_geoscale.attention.spec import use_fp8_attention
+from megatron_geoscale.training.expert_arguments import expert_fields
+from megatron_geoscale.training.expert_layers import provide_router_product, use_common_norm_name
+from megatron_geoscale.training.fp8_arguments import fp8_fields
 from megatron_geoscale.training.latent_attention import use_local_latent_attention
-from megatron_geoscale.training.norm import use_torch_norm
+from megatron_geoscale.training.norm import use_local_norm
+from megatron_geoscale.training.vocabulary import exclude_padding
 
 
 def transformer_config(args: argparse.Namespace) -> TransformerConfig:
@@ -63,6 +67,9 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         "tensor_model_parallel_size": args.tensor_model_parallel_size,
         "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": args.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": args.context_parallel_size,
+        "num_layers_in_first_pipeline_stage": args.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": args.decoder_last_pipeline_num_layers,
         "sequence_parallel": args.sequence_parallel,
         "recompute_granularity": args.recompute_granularity,
         "recompute_method": args.recompute_method,
@@ -74,6 +81,8 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": False,
         "persist_layer_norm": False,
+        **expert_fields(args),
+        **fp8_fields(args),
     }
     if args.virtual_pipeline_model_parallel_size and not torch.cuda.is_available():
         fields.update(cpu.CPU_PIPELINE_FIELDS)
@@ -103,7 +112,10 @@ def ddp_config(args: argparse.Namespace) -> DistributedDataParallelConfig:
 
 
 def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:
-    """This rank's model chunks, one unless the pipeline is interleaved, wrapped in DDP."""
+    """This rank's model chunks, one unless the pipeline is interleaved, wrapped in DDP.
+
+    Logits beyond the first `args.model_vocab_size` of `args.padded_vocab_size` get no probability (`exclude_padding`).
+    """
     config, ddp = transformer_config(args), ddp_config(args)
     if not torch.cuda.is_available():
         cpu.refuse_unsupported(config, ddp)
@@ -112,19 +124,23 @@ def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:
     for chunk in range(num_chunks):
         stage = chunk if num_chunks > 1 else None
         where: dict[str, Any] = {"ignore_virtual": stage is None, "vp_stage": stage}
-        spec = use_torch_norm(
-            get_gpt_decoder_block_spec(
-                config,
-                use_transformer_engine=False,
-                normalization=args.normalization,
-                qk_l2_norm=args.qk_l2_norm,
-                vp_stage=stage,
-            )
+        te_layers = args.transformer_impl == "transformer_engine"
+        spec = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=te_layers,
+            normalization=args.normalization,
+            qk_l2_norm=args.qk_l2_norm,
+            vp_stage=stage,
         )
+        if not te_layers:
+            use_local_norm(spec, args.normalization)
         if args.geoscale.recipe != "none":
-            use_emulated_attention(spec)
-        if args.multi_latent_attention:
+            use_fp8_attention(spec, args.geoscale)
+        if args.multi_latent_attention and not te_layers:
             use_local_latent_attention(spec)
+        if args.num_experts is not None and not te_layers:
+            use_common_norm_name(spec)
+            provide_router_product()
         model: torch.nn.Module = GPTModel(
             config=config,
             transformer_layer_spec=spec,
@@ -141,6 +157,7 @@ def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:
             seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
             vp_stage=stage,
         )
+        exclude_padding(model, args.model_vocab_size, args.padded_vocab_size)
         model.cuda(torch.cuda.current_device())
         if args.bf16 or args.fp16:
             model = Float16Module(config, model)
@@ -153,7 +170,8 @@ def build_model(args: argparse.Namespace) -> list[torch.nn.Module]:
 
 
 def build_optimizer(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> MegatronOptimizer:
-    """megatron-core's optimizer, distributed or not."""
+    """megatron-core's optimizer, distributed or not; Adam is Transformer Engine's, else NVIDIA Apex's, else torch's."""
+    cpu.mend_distributed_optimizer()
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=args.optimizer,

@@ -40,6 +40,7 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     add("--num-query-groups", type=int, default=1)
     add("--max-position-embeddings", type=int)
     add("--position-embedding-type", default="learned_absolute", choices=POSITION_EMBEDDINGS)
+    add("--no-position-embedding", action="store_true", help="none is learned; --position-embedding-type says what is")
     add("--rotary-base", type=int, default=10000)
     add("--rotary-percent", type=float, default=1.0)
     add("--rotary-interleaved", action="store_true")
@@ -124,6 +125,10 @@ def check_model(args: argparse.Namespace) -> None:
 
 
 def _check_positions(args: argparse.Namespace) -> None:
+    require(
+        not args.no_position_embedding or args.position_embedding_type != "learned_absolute",
+        "--no-position-embedding needs --position-embedding-type rope, yarn or none",
+    )
     yarn = args.position_embedding_type == "yarn"
     require(
         args.multi_latent_attention

@@ -50,7 +50,7 @@ def test_contradicting_flags_are_overridden_with_one_line_each(checkpoint, parse
 
     expected = parse(base(WINDOW, "--train-iters 4"))
     capsys.readouterr()
-    wrong = "--num-layers 3 --normalization LayerNorm --seq-length 16 --swiglu --add-qkv-bias --window-size 7,0"
+    wrong = "--num-layers 3 --normalization LayerNorm --swiglu --add-qkv-bias --window-size 7,0"
     args = parse(without_model_flags("--train-iters 4 --use-checkpoint-args", ["--load", checkpoint], wrong))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1:4] for line in lines] == [
@@ -63,6 +63,29 @@ def test_contradicting_flags_are_overridden_with_one_line_each(checkpoint, parse
     assert (args.window_size, args.num_query_groups, args.vocab_size) == ((7, 0), 2, VOCABULARY)
 
 
+def test_what_a_run_may_choose_is_the_checkpoints_unless_it_is_typed(checkpoint, parse, capsys):
+    def chosen(*flags):
+        args = parse(TRAINING, ["--load", checkpoint, "--use-checkpoint-args"], *flags)
+        assert capsys.readouterr().out == ""
+        return args.seq_length, args.max_position_embeddings, args.attention_dropout, args.hidden_dropout
+
+    assert chosen() == (16, 16, 0.0, 0.0)
+    assert chosen("--seq-length 8") == (8, 16, 0.0, 0.0)
+    assert chosen("--hidden-dropout 0.25") == (16, 16, 0.0, 0.25)
+    typed = "--seq-length 32 --max-position-embeddings 64 --attention-dropout 0.5"
+    assert chosen(typed) == (32, 64, 0.5, 0.0)  # RoPE has no positions to run out of
+    with pytest.raises(ValueError, match="--seq-length 32 exceeds --max-position-embeddings 16"):
+        chosen("--seq-length 32")
+
+
+def test_learned_positions_are_the_checkpoints(checkpoint, parse, tmp_path, capsys):
+    first = parse("--num-layers 2 --hidden-size 32 --num-attention-heads 4", TRAINING, "--seq-length 16 --vocab-size 9")
+    saved = resaved(checkpoint, tmp_path / "saved", lambda args: first)
+    args = parse(TRAINING, ["--load", saved, "--use-checkpoint-args", "--max-position-embeddings", 64])
+    assert args.max_position_embeddings == 16
+    assert capsys.readouterr().out.startswith("--use-checkpoint-args: --max-position-embeddings is 16 as in")
+
+
 @pytest.mark.parametrize("flags", [
     "--num-layers 4 --hidden-size 64 --num-attention-heads 8",
     "--num-layers 4 --hidden-size 64 --num-attention-heads 8 --group-query-attention --num-query-groups 4 "
@@ -73,6 +96,8 @@ def test_contradicting_flags_are_overridden_with_one_line_each(checkpoint, parse
     "--num-layers 4 --hidden-size 96 --num-attention-heads 8 --position-embedding-type rope --rotary-percent 0.5 "
     "--rotary-interleaved --qk-layernorm --apply-layernorm-1p --normalization LayerNorm --norm-epsilon 1e-6 "
     "--use-rope-scaling --apply-query-key-layer-scaling --softmax-type learnable --swiglu --attention-output-gate",
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 8 --disable-bias-linear --num-experts 4 --moe-router-topk 3 "
+    "--moe-ffn-hidden-size 24 --moe-router-pre-softmax --moe-router-topk-scaling-factor 1.5",
 ])
 def test_every_model_flag_comes_back(checkpoint, parse, tmp_path, flags):
     from megatron_geoscale.training.checkpoint_args import checkpoint_flags
@@ -89,8 +114,8 @@ def resaved(checkpoint, target, change):
     """A copy of the checkpoint whose flags are `change(its flags)`."""
     shutil.copytree(checkpoint, target)
     path = target / "iter_0000002" / "common.pt"
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        common = torch.load(path, weights_only=True)
+    torch.serialization.add_safe_globals([argparse.Namespace])  # for good, as megatron-core does
+    common = torch.load(path, weights_only=True)
     kept = (str, int, float, bool, tuple, type(None))
     fields = {name: value for name, value in vars(change(common["args"])).items() if isinstance(value, kept)}
     torch.save({**common, "args": argparse.Namespace(**fields)}, path)
@@ -126,7 +151,7 @@ def test_mistakes_are_one_sentence(checkpoint, parse, tmp_path):
         parse(TRAINING, "--use-checkpoint-args")
     with pytest.raises(ValueError, match=rf"^--load {tmp_path} holds no checkpoint to take the flags from"):
         parse(TRAINING, ["--load", tmp_path, "--use-checkpoint-args"])
-    with pytest.raises(ValueError, match=r"iter_0000009 is not a complete"):
+    with pytest.raises(ValueError, match=r"iter_0000009 is not there"):
         parse(TRAINING, ["--load", checkpoint, "--ckpt-step", 9, "--use-checkpoint-args"])
 
     def unknown(args):

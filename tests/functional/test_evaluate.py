@@ -16,6 +16,7 @@ import _models
 import evaluate
 from _multiple_choice import answers, prompt, read_tasks
 from _multiple_choice import evaluate as score
+from megatron_geoscale.checkpoints.torch_dist import TorchDistDirectory
 from tests.functional.common import BATCH, LLAMA, NO_DROPOUT, flags_of, succeed
 from tests.functional.questions import SHOTS, SUBJECTS, write_tasks
 from tests.harness import run_ranks
@@ -288,12 +289,12 @@ def dense(directory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns that there is one process
         load(saved, storage_reader=reader)
-    vocabulary = saved["output_layer.weight"].size(0)  # padded, and the padding takes part in the softmax
+    vocabulary = TorchDistDirectory(directory).args().tokenizer_vocab_size  # what pads it has no probability
     model = tiny_llama(vocabulary).double()
     state = {
-        "model.embed_tokens.weight": saved["embedding.word_embeddings.weight"],
+        "model.embed_tokens.weight": saved["embedding.word_embeddings.weight"][:vocabulary],
         "model.norm.weight": saved["decoder.final_layernorm.weight"],
-        "lm_head.weight": saved["output_layer.weight"],
+        "lm_head.weight": saved["output_layer.weight"][:vocabulary],
     }
     for i in range(2):
         mine = {name.removeprefix("decoder.layers."): tensor[i] for name, tensor in saved.items() if ".layers." in name}

@@ -172,7 +172,12 @@ REFUSED = [
     ("enable_autocast", {"enable_autocast": True}),
     ("--cuda-graph-impl", {"cuda_graph_impl": "local"}),
     ("--context-parallel-size", {"context_parallel_size": 2}),
-    ("--num-experts", {"num_moe_experts": 4}),
+    ("moe_grouped_gemm", {"num_moe_experts": 4, "moe_grouped_gemm": True}),
+    ("moe_router_fusion", {"num_moe_experts": 4, "moe_router_fusion": True}),
+    ("--expert-tensor-parallel-size 1", {
+        "num_moe_experts": 4, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2,
+        "moe_token_dispatcher_type": "alltoall",
+    }),
     ("--recompute-modules", SELECTIVE | {"recompute_modules": ["layernorm"]}),
     ("--disable-bias-linear", SELECTIVE | {"recompute_modules": ["core_attn", "mlp"]}),
     ("--no-overlap-p2p-communication", INTERLEAVED | {"batch_p2p_comm": True}),
@@ -193,6 +198,7 @@ def test_refusals_name_the_flag(megatron, flag, fields):
     "fields",
     [
         {},
+        {"num_moe_experts": 4, "expert_model_parallel_size": 2, "moe_token_dispatcher_type": "alltoall"},
         SELECTIVE | {"recompute_modules": ["core_attn"]},
         SELECTIVE | {"recompute_modules": ["mlp"], "add_bias_linear": False},
         INTERLEAVED | cpu.CPU_PIPELINE_FIELDS,

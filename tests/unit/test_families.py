@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_geoscale.checkpoints.families import read_family
+from megatron_geoscale.checkpoints.families import Experts, read_family
 from megatron_geoscale.checkpoints.safetensors_dir import INDEX, SINGLE, SafetensorsDirectory
 
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -32,6 +32,8 @@ QWEN_25_7B = LLAMA_31_8B | {
 }
 QWEN3_8B = LLAMA_31_8B | {"model_type": "qwen3", "head_dim": 128, "rope_scaling": None, "tie_word_embeddings": True}
 MIXTRAL = LLAMA_31_8B | {"model_type": "mixtral", "rope_theta": 1e6, "rope_scaling": None}
+QWEN3_MOE = QWEN3_8B | {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+                        "moe_intermediate_size": 768, "intermediate_size": 6144, "num_key_value_heads": 4}
 GPT2_XL = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25,
            "n_positions": 1024, "vocab_size": 50257}
 
@@ -55,7 +57,10 @@ def write(folder: Path, config: object) -> Path:
         (QWEN_25_7B, dict(qkv_bias=True, output_bias=False, sliding_window=None, head_dim=128)),
         (QWEN_25_7B | {"use_sliding_window": True}, dict(sliding_window=131072)),
         (QWEN3_8B, dict(qk_norm=True, qkv_bias=False, tied_embeddings=True)),
-        (MIXTRAL, dict(model_type="mixtral", num_groups=8)),
+        (MIXTRAL, dict(model_type="mixtral", num_groups=8, experts=Experts(8, 2, True), ffn_hidden_size=14336)),
+        (QWEN3_MOE, dict(num_groups=4, qk_norm=True, experts=Experts(128, 8, True), ffn_hidden_size=768)),
+        (QWEN3_MOE | {"num_experts": None, "num_local_experts": 16, "norm_topk_prob": False},
+         dict(experts=Experts(16, 8, False))),
         (GPT2_XL, dict(head_dim=64, num_groups=25, norm="LayerNorm", rope=None, qkv_bias=True, tied_embeddings=True,
                        attention_dropout=0.1)),
     ],
@@ -131,6 +136,11 @@ def test_gpt2_softmax_scales(tmp_path):
         (LLAMA_2_70B | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         (LLAMA_2_70B | {"quantization_config": {"bits": 4}}, "quantization_config"),
         (GPT2_XL | {"add_cross_attention": True}, "add_cross_attention"),
+        (MIXTRAL | {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds the number of experts, 8"),
+        (MIXTRAL | {"num_local_experts": 0}, "num_local_experts must be a positive integer"),
+        (MIXTRAL | {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1 is not supported"),
+        (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step are not supported"),
+        (QWEN3_MOE | {"mlp_only_layers": [0]}, "mlp_only_layers and"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from megatron_geoscale.checkpoints.families import Stored, read_family
-from megatron_geoscale.checkpoints.family_flags import LLAMA3_ROPE, family_of, flags_of
+from megatron_geoscale.checkpoints.family_flags import family_of, flags_of
 from megatron_geoscale.checkpoints.mapping import model_parts
+from megatron_geoscale.checkpoints.rope_flags import LLAMA3_ROPE
 from megatron_geoscale.training.arguments import parse_args
 
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 24, "n_head": 4, "n_positions": 16, "vocab_size": 21}
 LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 4,
          "num_key_value_heads": 2, "intermediate_size": 20, "max_position_embeddings": 64, "vocab_size": 21}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 CONFIGS = {
     "gpt2": GPT2,
     "gpt2 untied": GPT2 | {"tie_word_embeddings": False, "n_inner": 20},
@@ -23,9 +25,18 @@ CONFIGS = {
     "llama, head dim": LLAMA | {"head_dim": 10},
     "llama, no padding": LLAMA | {"vocab_size": 32},
     "llama 3.1": LLAMA | {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE | {"factor": 32.0}},
+    "linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "yarn": LLAMA | {"rope_scaling": YARN | {"beta_fast": 16.0}},
+    "yarn, attention factor": LLAMA | {"rope_scaling": YARN | {"attention_factor": 1.25}},
+    "yarn, mscale": LLAMA | {"rope_scaling": YARN | {"mscale": 0.75, "mscale_all_dim": 0.5}},
     "mistral": LLAMA | {"model_type": "mistral", "sliding_window": 8, "rms_norm_eps": 1e-5},
     "qwen2": LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 10, "num_key_value_heads": 1},
+    "mixtral": LLAMA | {"model_type": "mixtral", "num_local_experts": 3, "sliding_window": 8},
+    "qwen3_moe": LLAMA | {"model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2,
+                          "moe_intermediate_size": 12, "norm_topk_prob": True},
+    "qwen3_moe, one a token": LLAMA | {"model_type": "qwen3_moe", "num_local_experts": 3, "num_experts_per_tok": 1,
+                                       "moe_intermediate_size": 12},
 }
 PADDED = 32
 
@@ -144,6 +155,9 @@ def test_flags_and_back(family, monkeypatch):
     if family.rope is not None:
         assert (again.rope.kind, again.rope.theta) == (family.rope.kind, family.rope.theta)
         assert again.rope.settings.get("factor") == family.rope.settings.get("factor")
+        assert again.rope.scale == pytest.approx(family.rope.scale, rel=1e-14)
+        for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)) if family.rope.kind == "yarn" else ():
+            assert again.rope.settings[name] == family.rope.settings.get(name, default)
 
 
 def test_a_window_counts_the_query_itself(tmp_path):
@@ -151,18 +165,58 @@ def test_a_window_counts_the_query_itself(tmp_path):
     assert flags[flags.index("--window-size") + 1 :][:2] == ["7", "0"]
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_in_one_tensor_are_the_same_experts(tmp_path, name):
+    """Layer by layer, from the tensors of single experts and from transformers' stacks of them."""
+    family = make_family(tmp_path, CONFIGS[name])
+    single = parts_of(family)
+    fused = list(model_parts(family, padded_vocab_size=PADDED, prefix="m.", fused_experts=True))
+    tensors = {part.sources[0].name: random_tensors(part, seed)[0] for seed, part in enumerate(single)
+               if ".experts." in part.key}
+    by_layer = {}
+    for part in single:
+        if part.sources[0].name in tensors:
+            whole = by_layer.setdefault((part.key, part.offsets[0]), torch.zeros(1, *part.shape[1:]))
+            where = tuple(slice(first, first + size) for first, size in zip((0, *part.offsets[1:]), part.sizes))
+            whole[where] = part.to_megatron([tensors[part.sources[0].name]])
+    gate, up, down = ("w1", "w3", "w2") if name == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    block = "block_sparse_moe" if name == "mixtral" else "mlp"
+    seen = 0
+    for part in fused:
+        if ".experts." not in part.key:
+            continue
+        (source,) = part.sources
+        layer, what = source.name.removeprefix("m.").split(".mlp.experts.")
+        stack = torch.stack([
+            torch.cat([tensors[f"m.{layer}.{block}.experts.{i}.{n}.weight"] for n in names])
+            for i in range(3) for names in [(gate, up) if what == "gate_up_proj" else (down,)]
+        ])
+        assert stack.shape == source.shape
+        assert torch.equal(part.to_megatron([stack]), by_layer[part.key, part.offsets[0]])
+        assert torch.equal(part.to_huggingface(by_layer[part.key, part.offsets[0]])[0], stack)
+        seen += 1
+    assert seen == len(by_layer) == 4
+    gates = [part.sources[0].name for part in fused if part.key.endswith("router.weight")]
+    assert gates == [f"m.layers.{i}.mlp.gate.weight" for i in range(2)]
+
+
 @pytest.mark.parametrize(("change", "words"), [
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"attention_bias": True}, "attention_bias and mlp_bias"),
     ({"mlp_bias": True}, "attention_bias and mlp_bias"),
     ({"rope_theta": 10000.5}, "rope_theta must be an integer"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type linear"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.5}}, "factor of the linear rotary embedding must be an int"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type dynamic is not converted, only default, li"),
+    ({"rope_scaling": YARN | {"truncate": False}}, "truncate false of the yarn rotary embedding"),
+    ({"rope_scaling": YARN | {"factor": 0.5}}, "factor of the yarn rotary embedding must be at least 1"),
+    ({"rope_scaling": YARN | {"beta_slow": -1.0}}, "beta_slow of the yarn rotary embedding must be a positive number"),
+    ({"rope_scaling": YARN | {"factor": 1.0, "attention_factor": 1.5}}, "attention_factor 1.5 of the yarn rotary"),
     ({"rope_scaling": LLAMA3_ROPE | {"factor": 8.0, "original_max_position_embeddings": 4096}},
      "original_max_position_embeddings of the llama3 rotary embedding is 4096, and megatron-core has 8192"),
     ({"rope_scaling": LLAMA3_ROPE | {"factor": 8.0, "high_freq_factor": 2.0}}, "high_freq_factor"),
     ({"rope_scaling": LLAMA3_ROPE}, "factor of the llama3 rotary embedding must be a positive number, not None"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
-    ({"model_type": "mixtral"}, "mixtral is a mixture of experts, which is not converted"),
+    ({"model_type": "mixtral", "num_experts_per_tok": 1}, "num_experts_per_tok 1 is not supported where the weights"),
 ])
 def test_what_megatron_computes_otherwise_is_refused(tmp_path, change, words):
     with pytest.raises(ValueError, match=re.escape(words)):
@@ -184,6 +238,11 @@ def test_what_megatron_computes_otherwise_is_refused_of_gpt2(tmp_path, change, w
     (LLAMA, "--qk-layernorm --add-qkv-bias", "--add-qkv-bias and --qk-layernorm together"),
     (LLAMA, "--apply-layernorm-1p", "--apply-layernorm-1p True has no counterpart"),
     (LLAMA, "--rotary-percent 0.5", "--rotary-percent 0.5 has no counterpart"),
+    (LLAMA, "--num-experts 2 --add-qkv-bias", "--add-qkv-bias and --num-experts together"),
+    (LLAMA, "--num-experts 2 --moe-router-pre-softmax", "--num-experts and --moe-router-pre-softmax together"),
+    (LLAMA, "--num-experts 2 --moe-router-score-function sigmoid", "--moe-router-score-function sigmoid has no"),
+    (LLAMA, "--use-rope-scaling --rotary-seq-len-interpolation-factor 2",
+     "--rotary-seq-len-interpolation-factor and --use-rope-scaling together"),
     (GPT2, "--swiglu", "--swiglu True with --normalization LayerNorm"),
     (GPT2, "--position-embedding-type rope", "--position-embedding-type rope with --normalization LayerNorm"),
 ])
