@@ -7,6 +7,8 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from _compressed import plain_name, read_content
+
 TEXT_SUFFIXES = (".txt", ".py")
 """What a directory is searched for if the user does not say."""
 SKIPPED_DIRECTORIES = frozenset({"__pycache__", "site-packages", "dist-packages"})
@@ -22,7 +24,7 @@ def collect_files(inputs: Iterable[str | Path], suffixes: Sequence[str] = TEXT_S
     """The files that `inputs` name: a file is taken whatever its suffix, a directory is searched for `suffixes`.
 
     Files keep the order of `inputs`; those of a directory are sorted by their path below it. A file met twice is taken
-    once. Links to directories are not followed.
+    once. Links to directories are not followed. A suffix stands for its compressed files too: .txt finds .txt.gz.
 
     Raises ValueError for an input that does not exist and for a directory that holds no such file.
     """
@@ -45,7 +47,8 @@ def _search(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(root, onerror=_reraise):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_DIRECTORIES and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.name.endswith(suffixes) or plain_name(path).endswith(suffixes)]
     return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).parts)
 
 
@@ -54,12 +57,13 @@ def _reraise(error: OSError) -> None:
 
 
 def read_text(path: Path) -> str | None:
-    """The file's text without a byte order mark, or None if it is not UTF-8.
+    """The file's text without a byte order mark, decompressed, or None if it is not UTF-8.
 
-    Such files are left out whole, and counted: replacement characters would be learnt as if they were text.
+    Such files are left out whole, and counted: replacement characters would be learnt as if they were text. Raises
+    ValueError where compressed data are damaged.
     """
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_content(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Train a sentencepiece tokenizer on text files. The same text gives the same bytes, on any number of cores.
+"""Train a sentencepiece tokenizer on text or JSON lines. The same text gives the same bytes, on any number of cores.
 
     python tools/train_tokenizer.py --input DIR_OR_FILE... --vocab-size 8192 --output tokenizer.model
 
 The model loses nothing: spaces, newlines and characters that it has not seen survive encoding and decoding (the last as
 bytes); only U+2581, sentencepiece's own sign for a space, comes back as a space. Ids 0, 1, 2 are <unk>, <s>, </s>; the
-last is what `preprocess_data.py --append-eod` appends.
+last is what `preprocess_data.py --append-eod` appends. Input is what preprocess_data.py takes, compressed or not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from _cli import ArgumentParser, run, write_atomically
-from _corpus import TEXT_SUFFIXES, collect_files, left_out, read_text
+from _compressed import content_size
+from _corpus import TEXT_SUFFIXES, collect_files, left_out
+from _documents import PLAIN_TEXT_KEY, documents, texts_of
 
 MAX_PIECE_OF_LINE = 4096
 """Characters; longer lines are cut, since sentencepiece would drop them."""
@@ -31,8 +33,10 @@ SMALLEST_VOCABULARY = 3 + 256
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(description="Train a sentencepiece tokenizer on text files.")
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="text files, or directories of them")
+    parser = ArgumentParser(description="Train a sentencepiece tokenizer on text or JSON lines.")
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, or directories of them")
+    parser.add_argument("--json-keys", nargs="+", default=[PLAIN_TEXT_KEY], metavar="KEY",
+                        help="keys of the JSON lines to train on (default: text)")
     parser.add_argument("--suffix", nargs="+", default=list(TEXT_SUFFIXES), metavar="SUFFIX",
                         help="which files of a directory to take (default: .txt .py)")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="number of ids, bytes included")
@@ -109,20 +113,21 @@ def main() -> None:
     if output.is_dir():
         raise ValueError(f"--output {output} is a directory")
     files = collect_files(args.input, args.suffix)
-    total = sum(path.stat().st_size for path in files)
+    total = sum(map(content_size, files))
     if total == 0:
         raise ValueError(f"no text in {' '.join(args.input)}")
     refused: list[Path] = []
 
     def texts() -> Iterator[str]:
-        with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
-            for path in files:
-                text = read_text(path)
-                if text is None:
-                    refused.append(path)
+        stored = sum(path.stat().st_size for path in files)
+        with tqdm(total=stored, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+            for document in documents(files, args.json_keys):
+                found = texts_of(document, args.json_keys)
+                if found is None:
+                    refused.append(document.source)
                 else:
-                    yield text
-                bar.update(path.stat().st_size)
+                    yield from found.values()
+                bar.update(document.stored)
 
     share = args.sample_megabytes * 1e6 / total if args.sample_megabytes else 1.0
     lines = list(sample(pieces(texts()), share))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import importlib.util
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,29 +18,53 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.tokenizers import MegatronTokenizer
+from megatron.core.utils import get_batch_on_this_cp_rank
 
+from megatron_geoscale.training.exit_request import ignore_sigterm
 from megatron_geoscale.training.model_arguments import padded_vocab_size as padded_vocab_size
 
 _LIBRARIES = {
     "SentencePieceTokenizer": "sentencepiece",
     "Llama2Tokenizer": "sentencepiece",
     "HuggingFaceTokenizer": "huggingface",
+    "ByteLevelTokenizer": "byte-level",
     "NullTokenizer": "null",
 }
+_NUM_BYTES = 256
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 
 
 def build_tokenizer(tokenizer_type: str, model: str | None, vocab_size: int | None) -> Any:
-    """megatron-core's tokenizer. Raises ValueError where the file is missing, unreadable or of another size than
-    `vocab_size`, when that is given."""
+    """megatron-core's tokenizer, from local files alone. `model`: a sentencepiece model, or a Hugging Face directory or
+    the tokenizer.json in it; nothing for the other two. Of these NullTokenizer has `vocab_size` ids and one more, and
+    ByteLevelTokenizer `vocab_size`, 512 by default: the bytes, of which 0 ends a document and 1 is padding.
+
+    Raises ValueError where the file is missing, unreadable or of another size than `vocab_size`, when that is given.
+    """
+    library = {"library": _LIBRARIES[tokenizer_type]}
     if tokenizer_type == "NullTokenizer":
-        return MegatronTokenizer.from_pretrained(metadata_path={"library": "null"}, vocab_size=vocab_size)
-    if tokenizer_type != "HuggingFaceTokenizer" and not os.path.isfile(str(model)):
+        return MegatronTokenizer.from_pretrained(metadata_path=library, vocab_size=vocab_size)
+    if tokenizer_type == "ByteLevelTokenizer":
+        if vocab_size is not None and vocab_size < _NUM_BYTES:
+            raise ValueError(f"--vocab-size {vocab_size} is too small for ByteLevelTokenizer: there are {_NUM_BYTES}")
+        size = {} if vocab_size is None else {"vocab_size": vocab_size}
+        return MegatronTokenizer.from_pretrained(metadata_path=library, **size)
+    path = Path(str(model))
+    if not path.exists():
         raise ValueError(f"--tokenizer-model {model} does not exist")
+    if tokenizer_type == "HuggingFaceTokenizer":
+        if importlib.util.find_spec("transformers") is None:
+            raise ValueError("HuggingFaceTokenizer needs transformers: pip install 'megatron-geoscale[hf]'")
+        # What is no directory here would be looked up on the Hub.
+        folder = path.parent if path.name == "tokenizer.json" else path
+        if not folder.is_dir():
+            raise ValueError(f"--tokenizer-model {model} is neither a directory nor a tokenizer.json")
+        path = folder.resolve()
     try:
-        tokenizer = MegatronTokenizer.from_pretrained(model, metadata_path={"library": _LIBRARIES[tokenizer_type]})
+        tokenizer = MegatronTokenizer.from_pretrained(str(path), metadata_path=library)
     except Exception as error:  # each library has its own kinds of failure, none a common class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = error.__context__ or error  # megatron-core wraps that of transformers
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise ValueError(f"--tokenizer-model {model} cannot be read as a {tokenizer_type}: {reason}") from error
     if vocab_size is not None and tokenizer.vocab_size != vocab_size:
         raise ValueError(
@@ -175,7 +199,11 @@ def build_iterator(dataset: Any, consumed: int, args: argparse.Namespace) -> Ite
     # Its own generator: the loader would draw its workers' seed from the one that dropout draws from.
     generator = torch.Generator().manual_seed(args.seed)
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, num_workers=args.num_workers, generator=generator
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        generator=generator,
+        worker_init_fn=ignore_sigterm,
     )
     return iter(loader)
 
@@ -184,7 +212,8 @@ def get_batch(iterator: Iterator[dict[str, torch.Tensor]] | None, args: argparse
     """Next micro batch on every rank of the first and last pipeline stage; empty on a stage between them.
 
     tokens, labels, position_ids int64 [b, s], loss_mask float32 [b, s], attention_mask bool [b, 1, s, s] or None.
-    The first tensor-parallel rank reads, the others receive. Raises ValueError where a token is not in the vocabulary.
+    The first tensor-parallel rank reads, the others receive; under context parallelism s is this rank's share of the
+    sequence. Raises ValueError where a token is not in the vocabulary.
     """
     if not (parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()):
         return {}
@@ -211,4 +240,4 @@ def get_batch(iterator: Iterator[dict[str, torch.Tensor]] | None, args: argparse
         source = parallel_state.get_tensor_model_parallel_src_rank()
         for tensor in batch.values():
             dist.broadcast(tensor, source, group=group)
-    return {"attention_mask": None, **batch}
+    return get_batch_on_this_cp_rank({"attention_mask": None, **batch})

@@ -14,26 +14,13 @@ import pytest
 import sentencepiece
 
 import _corpus
+import _documents
 import preprocess_data
 import train_tokenizer
 from _cli import write_atomically
+from tests.functional.data_tools import ENVIRONMENT, TEXTS, TOOLS, load, preprocess, run_tool
 
 pytestmark = pytest.mark.usefixtures("megatron")  # which the tool imports when it runs in this process
-
-ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / "tools"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-TEXTS = [
-    "def f(x):\n    return  x + 1  # two  spaces\n\n\n",
-    " leading space, tab\t, trailing space ",
-    "digits 1234567890, accents é ü ñ, a letter not in training: 漢, a null: \0.",
-    "windows\r\nline\r\nends",
-]
-
-
-def run_tool(name: str, *args: object, timeout: float = 120) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOLS / name), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +54,6 @@ def flags_for(tokenizer: Path, inputs: list[Path], prefix: Path, *more: object) 
     flags = ["--input", *inputs, "--output-prefix", prefix, "--tokenizer-type", "SentencePieceTokenizer",
              "--tokenizer-model", tokenizer, *more]
     return [str(flag) for flag in flags]
-
-
-def preprocess(*args: object) -> str:
-    """The tool in this process, where megatron-core is imported once."""
-    return preprocess_data.preprocess(preprocess_data.parse([str(arg) for arg in args]))
-
-
-def load(prefix: Path, key: str = "text") -> list[np.ndarray]:
-    """A dataset's documents, read by megatron-core."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    dataset = IndexedDataset(f"{prefix}_{key}_document")
-    assert len(dataset) == len(dataset.document_indices) - 1  # one sequence a document
-    return [np.array(dataset[i]) for i in range(len(dataset))]
 
 
 def processor(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -204,7 +177,7 @@ def test_json_lines_with_two_keys(tokenizer: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 def test_workers_do_not_change_a_byte(kind: str, corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 20_000)  # many chunks, so that workers overtake each other
+    monkeypatch.setattr(_documents, "CHUNK_BYTES", 20_000)  # many chunks, so that workers overtake each other
     source = corpus
     if kind == "jsonl":
         source = tmp_path / "in.jsonl"
@@ -218,36 +191,6 @@ def test_workers_do_not_change_a_byte(kind: str, corpus: Path, tokenizer: Path, 
         written.append([Path(f"{prefix}_text_document.{end}").read_bytes() for end in ("bin", "idx")])
     assert written[0] == written[1]
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_hugging_face_tokenizer(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    bytewise = tokenizers.pre_tokenizers.ByteLevel
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = bytewise(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<end>"], initial_alphabet=bytewise.alphabet(), show_progress=False
-    )
-    model.train_from_iterator(TEXTS * 20, trainer)
-    for name, special in (("end", {"eos_token": "<end>"}), ("none", {})):
-        transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special).save_pretrained(tmp_path / name)
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    flags = ["--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "out", "--workers", 2, "--append-eod",
-             "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model"]
-    preprocess(*flags, tmp_path / "end")
-    documents = load(tmp_path / "out")
-    assert [model.decode(document[:-1].tolist()) for document in documents] == TEXTS
-    assert all(document[-1] == model.token_to_id("<end>") for document in documents)
-    with pytest.raises(ValueError, match=r"--append-eod: .*none has no end-of-document token"):
-        preprocess(*flags, tmp_path / "none")
-
-
-def test_takes_the_tokenizers_that_pretraining_takes() -> None:
-    from megatron_geoscale.training import arguments
-
-    assert preprocess_data.TOKENIZER_TYPES == arguments.TOKENIZER_TYPES
 
 
 def test_null_tokenizer(tmp_path: Path) -> None:

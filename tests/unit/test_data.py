@@ -124,6 +124,15 @@ def test_null_tokenizer_has_one_token_more(data):
     assert tokenizer.tokenize("3 5") == [3, 5]
 
 
+def test_byte_tokenizer_is_megatron_cores(data):
+    tokenizer = data.build_tokenizer("ByteLevelTokenizer", None, None)
+    assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.pad) == (512, 0, 1)
+    assert tokenizer.tokenize("aé\n") == list("aé\n".encode())
+    assert data.build_tokenizer("ByteLevelTokenizer", None, 256).vocab_size == 256
+    with pytest.raises(ValueError, match="--vocab-size 255 is too small for ByteLevelTokenizer: there are 256"):
+        data.build_tokenizer("ByteLevelTokenizer", None, 255)
+
+
 @pytest.fixture
 def sentencepiece_model(tmp_path):
     import sentencepiece
@@ -147,8 +156,7 @@ def test_sentencepiece_vocabulary_is_checked(data, sentencepiece_model):
 
 
 @pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "Llama2Tokenizer", "HuggingFaceTokenizer"])
-def test_unreadable_tokenizers_are_named(data, tmp_path, monkeypatch, kind):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_unreadable_tokenizers_are_named(data, tmp_path, kind):
     missing, garbage = tmp_path / "missing", tmp_path / "garbage"
     if kind == "HuggingFaceTokenizer":
         garbage.mkdir()
