@@ -68,3 +68,18 @@ def raise_if_nonfinite(codes: torch.Tensor) -> None:
         "(with its norm gain and bias folded in): no FP8 scale can be made from them, training stops before the "
         "forward pass"
     )
+
+
+class DeferredCheck:
+    """`raise_if_nonfinite` of the codes of now, for a host that runs ahead of the device: it waits, when it asks, until
+    the device has passed this point, not until it has nothing left to do."""
+
+    def __init__(self, codes: torch.Tensor) -> None:
+        self._codes = codes.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def ask(self) -> None:
+        """Raise NonFiniteWeightsError if any layer has a code."""
+        self._copied.synchronize()
+        raise_if_nonfinite(self._codes)

@@ -10,14 +10,23 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from megatron_geoscale.config import GeoScaleConfig, add_geoscale_args, geoscale_config_from_args
+from megatron_geoscale.config import add_geoscale_args, geoscale_config_from_args
 from megatron_geoscale.training.checkpoint_args import parse_with_checkpoint_args
+from megatron_geoscale.training.checkpoint_arguments import add_checkpoint_args, check_checkpoint_args
+from megatron_geoscale.training.expert_arguments import (
+    add_expert_model_args,
+    add_expert_training_args,
+    check_experts,
+)
 from megatron_geoscale.training.fault_injection import parse_fault
+from megatron_geoscale.training.fp8_arguments import add_fp8_args, check_fp8
 from megatron_geoscale.training.model_arguments import add_model_args, check_model
 from megatron_geoscale.training.model_arguments import flag as _flag
 from megatron_geoscale.training.model_arguments import require as _require
 
-TOKENIZER_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer", "HuggingFaceTokenizer", "NullTokenizer")
+TOKENIZER_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer", "HuggingFaceTokenizer", "ByteLevelTokenizer",
+                   "NullTokenizer")
+TOKENIZERS_WITHOUT_MODEL = ("ByteLevelTokenizer", "NullTokenizer")
 WITHOUT_EFFECT = (
     "--use-mcore-models",
     "--exit-signal-handler",
@@ -27,6 +36,7 @@ WITHOUT_EFFECT = (
     "--no-bias-dropout-fusion",
     "--no-bias-swiglu-fusion",
     "--no-bias-gelu-fusion",
+    "--moe-permute-fusion",
     "--use-cpu-initialization",
     "--no-create-attention-mask-in-dataloader",
 )
@@ -49,10 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_model_args(parser)
+    add_expert_model_args(parser)
     _add_training_args(parser)
+    add_expert_training_args(parser)
     _add_learning_rate_args(parser)
-    _add_checkpoint_args(parser)
+    add_checkpoint_args(parser)
     _add_distributed_args(parser)
+    add_fp8_args(parser)
     _add_data_args(parser)
     _add_logging_args(parser)
     add_geoscale_args(parser)
@@ -64,7 +77,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="weight_spike:STEP:FACTOR multiplies W_Q, W_K and W_V of every layer by FACTOR before iteration STEP; "
         "lr_spike:STEP:FACTOR multiplies the learning rate of that one update; load_weights:STEP:DIR replaces all "
         "weights by those of a checkpoint before it; nan_weight:STEP writes one NaN into W_K of the last layer on one "
-        "tensor-parallel rank",
+        "tensor-parallel rank; flip_bit:STEP[:RANK] flips a bit of one weight of RANK's last W_K (default: the last "
+        "rank)",
+    )
+    geoscale.add_argument(
+        "--geoscale-check-interval",
+        type=int,
+        default=100,
+        metavar="N",
+        help="compare the bits of the attention weights of data-parallel replicas every N iterations and before each "
+        "checkpoint; 0 never does",
     )
     geoscale.add_argument(
         "--geoscale-log-sqnr",
@@ -122,32 +144,14 @@ def _add_learning_rate_args(parser: argparse.ArgumentParser) -> None:
     add("--use-checkpoint-opt_param-scheduler", action="store_true")
 
 
-def _add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("checkpointing")
-    add = group.add_argument
-    add("--save", metavar="DIR")
-    add("--save-interval", type=int)
-    add("--load", metavar="DIR")
-    add("--ckpt-step", type=int, help="load this iteration instead of the latest")
-    add("--ckpt-format", default="torch_dist", choices=("torch_dist",))
-    add("--finetune", action="store_true", help="load the weights only and start at iteration 0")
-    add("--no-load-optim", action="store_true")
-    add("--no-load-rng", action="store_true")
-    add("--no-save-optim", action="store_true")
-    add("--no-save-rng", action="store_true")
-    add("--exit-on-missing-checkpoint", action="store_true")
-    add("--use-checkpoint-args", action="store_true", help="take the model's flags, the tokenizer and the sequence "
-        "length from the checkpoint in --load")
-    add("--no-use-tokenizer-model-from-checkpoint-args", action="store_false",
-        dest="use_tokenizer_model_from_checkpoint_args", help="with it, take --tokenizer-model from here")
-
-
 def _add_distributed_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("distributed")
     add = group.add_argument
     add("--tensor-model-parallel-size", type=int, default=1)
     add("--pipeline-model-parallel-size", type=int, default=1)
     add("--num-layers-per-virtual-pipeline-stage", type=int)
+    add("--decoder-first-pipeline-num-layers", type=int, help="in the first stage; default: as many as in the others")
+    add("--decoder-last-pipeline-num-layers", type=int, help="in the last stage; default: as many as in the others")
     add("--context-parallel-size", type=int, default=1)
     add("--sequence-parallel", action="store_true")
     add("--use-distributed-optimizer", action="store_true")
@@ -155,7 +159,6 @@ def _add_distributed_args(parser: argparse.ArgumentParser) -> None:
     add("--overlap-param-gather", action="store_true")
     add("--distributed-backend", choices=("nccl", "gloo"), help="default: nccl with CUDA, gloo without")
     add("--distributed-timeout-minutes", type=float, default=10)
-    add("--transformer-impl", default="local", choices=("local", "transformer_engine"))
 
 
 def _add_data_args(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +174,8 @@ def _add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--num-workers", type=int, default=2)
     add("--tokenizer-type", choices=TOKENIZER_TYPES)
     add("--tokenizer-model", metavar="PATH")
-    add("--vocab-size", type=int, help="of NullTokenizer; for another, a check of what it must have")
+    add("--vocab-size", type=int, help="of NullTokenizer, and of ByteLevelTokenizer where it is not 512; for another, "
+        "a check of what it must have")
     add("--reset-position-ids", action="store_true")
     add("--reset-attention-mask", action="store_true")
     add("--eod-mask-loss", action="store_true")
@@ -199,6 +203,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _check_required(args)
     check_model(args)
     _check_parallel(args)
+    check_experts(args)
     _check_training(args)
     _check_data(args)
     _check_geoscale(args)
@@ -210,25 +215,28 @@ def _check_required(args: argparse.Namespace) -> None:
                  "lr"):
         _require(getattr(args, name) is not None, f"{_flag(name)} is required")
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size", "log_interval",
-                 "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_query_groups", "ffn_hidden_size",
-                 "kv_channels", "global_batch_size", "save_interval", "exit_interval", "max_position_embeddings",
-                 "eval_interval", "make_vocab_size_divisible_by", "num_layers_per_virtual_pipeline_stage"):
+                 "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+                 "num_query_groups", "ffn_hidden_size", "kv_channels", "global_batch_size", "save_interval",
+                 "exit_interval", "max_position_embeddings", "eval_interval", "make_vocab_size_divisible_by",
+                 "num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers",
+                 "decoder_last_pipeline_num_layers"):
         value = getattr(args, name)
         _require(value is None or value > 0, f"{_flag(name)} must be positive, not {value}")
 
 
 def _check_parallel(args: argparse.Namespace) -> None:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    cp = args.context_parallel_size
     _require(
-        args.context_parallel_size == 1,
-        "--context-parallel-size above 1 needs Transformer Engine's attention, which this installation does not have",
-    )
-    _require(
-        args.world_size % (tp * pp) == 0,
+        args.world_size % (tp * pp * cp) == 0,
         f"{args.world_size} processes cannot be split into --tensor-model-parallel-size {tp} x "
-        f"--pipeline-model-parallel-size {pp}",
+        f"--pipeline-model-parallel-size {pp}" + (f" x --context-parallel-size {cp}" if cp > 1 else ""),
     )
-    args.data_parallel_size = args.world_size // (tp * pp)
+    args.data_parallel_size = args.world_size // (tp * pp * cp)
+    _require(
+        args.seq_length % (2 * cp) == 0 or cp == 1,
+        f"--seq-length {args.seq_length} is not divisible by twice --context-parallel-size {cp}",
+    )
     for name in ("num_attention_heads", "ffn_hidden_size"):
         _require(
             getattr(args, name) % tp == 0,
@@ -252,7 +260,7 @@ def _check_parallel(args: argparse.Namespace) -> None:
         "--sequence-parallel needs",
     )
     layers, per_chunk = args.num_layers, args.num_layers_per_virtual_pipeline_stage
-    _require(layers % pp == 0, f"--num-layers {layers} is not divisible by --pipeline-model-parallel-size {pp}")
+    _check_stages(args)
     args.virtual_pipeline_model_parallel_size = None
     if per_chunk is not None:
         _require(pp > 1, "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1")
@@ -266,10 +274,25 @@ def _check_parallel(args: argparse.Namespace) -> None:
         not args.overlap_param_gather or (args.use_distributed_optimizer and args.overlap_grad_reduce),
         "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",
     )
+
+
+def _check_stages(args: argparse.Namespace) -> None:
+    """Layers that are no multiple of the stages need the number in the first or the last one."""
+    layers, pp = args.num_layers, args.pipeline_model_parallel_size
+    own = [args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers]
+    given = [number for number in own if number is not None]
+    names = "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers"
     _require(
-        args.transformer_impl == "local",
-        "--transformer-impl transformer_engine needs Transformer Engine's FP8 attention, which is not wired in yet: "
-        "use --transformer-impl local",
+        not given or (pp > 1 and args.num_layers_per_virtual_pipeline_stage is None),
+        f"{names} need --pipeline-model-parallel-size above 1, without --num-layers-per-virtual-pipeline-stage",
+    )
+    rest, stages = layers - sum(given), pp - len(given)
+    _require(
+        rest == 0 if stages == 0 else rest >= stages and rest % stages == 0,
+        f"{rest} of {layers} layers cannot be shared by the {stages} stages that {names} leave"
+        if given
+        else f"--num-layers {layers} is not divisible by --pipeline-model-parallel-size {pp}: say with "
+        f"{names.replace('and', 'or')} how many the first or the last stage has",
     )
 
 
@@ -287,7 +310,7 @@ def _check_training(args: argparse.Namespace) -> None:
         or (args.global_batch_size // step) % args.pipeline_model_parallel_size == 0,
         "an interleaved pipeline needs the number of micro batches divisible by --pipeline-model-parallel-size",
     )
-    for name in ("train_iters", "eval_iters", "num_workers"):
+    for name in ("train_iters", "eval_iters", "num_workers", "geoscale_check_interval"):
         _require(getattr(args, name) >= 0, f"{_flag(name)} must not be negative, not {getattr(args, name)}")
     _require(args.lr > 0, f"--lr must be positive, not {args.lr}")
     for name in ("attention_dropout", "hidden_dropout"):
@@ -304,9 +327,7 @@ def _check_training(args: argparse.Namespace) -> None:
         args.lr_warmup_iters < max(1, args.lr_decay_iters),
         f"--lr-warmup-iters {args.lr_warmup_iters} must be below --lr-decay-iters {args.lr_decay_iters}",
     )
-    _require(
-        args.save_interval is None or args.save is not None, "--save-interval needs --save, the directory to save to"
-    )
+    check_checkpoint_args(args)
     if args.recompute_activations:
         _require(args.recompute_granularity in (None, "selective"),
                  "--recompute-activations means --recompute-granularity selective, not full")
@@ -337,15 +358,15 @@ def _check_data(args: argparse.Namespace) -> None:
         args.tokenizer_type = "NullTokenizer"
     if args.tokenizer_type == "NullTokenizer":
         _require(args.vocab_size is not None, "--vocab-size is required with NullTokenizer")
-    else:
+    elif args.tokenizer_type not in TOKENIZERS_WITHOUT_MODEL:
         _require(args.tokenizer_model is not None, f"--tokenizer-model is required with {args.tokenizer_type}")
     _require(args.vocab_size is None or args.vocab_size > 0, f"--vocab-size must be positive, not {args.vocab_size}")
 
 
 def _check_geoscale(args: argparse.Namespace) -> None:
-    geoscale: GeoScaleConfig = args.geoscale
+    check_fp8(args)
+    fault = args.fault = parse_fault(args.geoscale_fault_injection)
     _require(
-        geoscale.attention != "te",
-        "--geoscale-attention te needs Transformer Engine's FP8 attention, which is not wired in yet: use emulated",
+        fault is None or (fault.rank or 0) < args.world_size,
+        f"--geoscale-fault-injection {args.geoscale_fault_injection} names a rank beyond the last of {args.world_size}",
     )
-    args.fault = parse_fault(args.geoscale_fault_injection)

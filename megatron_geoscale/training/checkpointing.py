@@ -1,74 +1,48 @@
-"""Save and resume with megatron-core's dist_checkpointing (torch_dist), in Megatron-LM's directory layout.
+"""Resume with megatron-core's dist_checkpointing (torch_dist), in Megatron-LM's directory layout.
 
-    DIR/latest_checkpointed_iteration.txt    the last complete checkpoint
-    DIR/iter_0000010/                        model, optimizer, scheduler, RNG, flags, the scaler's state
-
-A checkpoint is written beside its final name and renamed when it is whole, and only then does the tracker name it: a
-directory called iter_* is complete at any moment, whenever a rank is killed.
+What a checkpoint holds (model, optimizer, scheduler, RNG, flags, the scaler's state) is here, and how it is loaded;
+`saving` writes it, `checkpoint_files` knows where it lies. One that cannot be read makes way for the one before it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import random
-import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_geoscale.checkpoints.torch_dist import TRACKER
 from megatron_geoscale.scaling.engine import GeoScaleEngine
 from megatron_geoscale.training.checkpoint_args import saveable
+from megatron_geoscale.training.checkpoint_files import (
+    DamagedCheckpointError,
+    check_whole,
+    complete_iterations,
+    find_iteration,
+    latest_iteration,
+    reading,
+)
+from megatron_geoscale.training.checkpoint_shape import check_shape
+from megatron_geoscale.training.plain_pickles import check_extra_states, plain_pickles
+from megatron_geoscale.training.rng_state import rng_state, set_rng_state
 
-_METADATA = {
+_Read = TypeVar("_Read")
+
+CONTENT_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
-_SHAPE_FLAGS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "position_embedding_type",
-    "normalization",
-    "swiglu",
-    "disable_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "qk_l2_norm",
-    "attention_output_gate",
-    "softmax_type",
-    "multi_latent_attention",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_head_dim",
-    "qk_pos_emb_head_dim",
-    "v_head_dim",
-    "apply_layernorm_1p",
-    "norm_epsilon",
-    "openai_gelu",
-    "untie_embeddings_and_output_weights",
-    "padded_vocab_size",
-)
-"""What a checkpoint and the model that loads it must agree on."""
-_ROTARY_FLAGS = ("rotary_percent", "rotary_interleaved", "rotary_base")
-"""The same, where queries and keys are rotated."""
 
 
 @dataclass
@@ -78,6 +52,8 @@ class TrainState:
     iteration: int = 0
     consumed_samples: int = 0
     skipped_iterations: int = 0
+    applied_since_refresh: int = 0
+    """Optimizer steps applied since the last refresh that was due (--geoscale-refresh-interval)."""
 
 
 @dataclass
@@ -94,129 +70,146 @@ class Run:
     state: TrainState
 
 
-def iteration_directory(directory: str, iteration: int) -> Path:
-    """DIR/iter_0000010 for iteration 10."""
-    return Path(directory) / f"iter_{iteration:07d}"
+def candidates(args: argparse.Namespace) -> list[Path]:
+    """The checkpoint that --load and --ckpt-step name, and after it, unless it was named by its number, the complete
+    older ones, newest first; none where --load holds none yet.
 
-
-def latest_iteration(directory: str) -> int | None:
-    """Iteration of the last complete checkpoint in `directory`, None where there is none.
-
-    Raises ValueError naming the file where the tracker is not a number or names a checkpoint that is not there.
-    """
-    tracker = Path(directory) / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise ValueError(f"{tracker} must hold an iteration number, not {text[:40]!r}")
-    return int(text)
-
-
-def save_checkpoint(run: Run) -> Path:
-    """Write a checkpoint of the run's state to --save. Collective over the whole job; returns its directory."""
-    final = iteration_directory(run.args.save, run.state.iteration)
-    partial = final.with_name(final.name + ".partial")
-    rank = dist.get_rank()
-    if rank == 0:
-        for killed in Path(run.args.save).glob("iter_*.partial"):
-            shutil.rmtree(killed, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_sharded_state(run), str(partial), content_metadata=dict(_METADATA))
-    dist.barrier()
-    if rank == 0:
-        if final.exists():  # the same iteration again: keep the old one whole until the new one has its name
-            stale = final.with_name(final.name + ".stale")
-            shutil.rmtree(stale, ignore_errors=True)
-            final.rename(stale)
-        partial.rename(final)
-        shutil.rmtree(final.with_name(final.name + ".stale"), ignore_errors=True)
-        tracker = Path(run.args.save) / TRACKER
-        fresh = tracker.with_suffix(".txt.partial")
-        fresh.write_text(str(run.state.iteration))
-        os.replace(fresh, tracker)
-    dist.barrier()
-    return final
-
-
-def checkpoint_to_load(args: argparse.Namespace) -> Path | None:
-    """Directory of the checkpoint that --load and --ckpt-step name; None where --load holds none yet.
-
-    Raises ValueError where there must be one, or where it is not whole.
+    Raises ValueError where there must be one, or where the one that is named is not there.
     """
     iteration = args.ckpt_step if args.ckpt_step is not None else latest_iteration(args.load)
     if iteration is None:
         if args.exit_on_missing_checkpoint or args.finetune:
             raise ValueError(f"--load {args.load} holds no checkpoint: {TRACKER} is not there")
-        return None
-    directory = iteration_directory(args.load, iteration)
-    with _reading(directory):
-        complete = dist_checkpointing.check_is_distributed_checkpoint(str(directory))
-    if not complete:
-        raise ValueError(f"{directory} is not a complete torch_dist checkpoint")
-    return directory
+        return []
+    named = find_iteration(args.load, iteration)
+    if not named.is_dir():
+        who = TRACKER if args.ckpt_step is None else "--ckpt-step"
+        raise ValueError(f"{named} is not there, though {who} names iteration {iteration}")
+    if args.ckpt_step is not None:
+        return [named]
+    older = [path for number, path in complete_iterations(args.load).items() if number < iteration]
+    return [named, *reversed(older)]
 
 
-@contextlib.contextmanager
-def _reading(directory: Path) -> Iterator[None]:
-    """One sentence that names `directory` for whatever goes wrong inside: a damaged file raises anything."""
-    try:
-        yield
-    except (Exception, CheckpointException) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        reason = (str(cause).strip().splitlines() or [""])[0][:200]
-        raise ValueError(f"{directory} cannot be read as a checkpoint: {type(cause).__name__} {reason}") from error
+def _first_readable(args: argparse.Namespace, read: Callable[[Path], _Read], *, warn: bool = False) -> _Read | None:
+    """What `read` makes of the first of the candidates that is not damaged; None where there are none.
+
+    Raises DamagedCheckpointError about the first where all are. warn: rank 0 names those that are passed over.
+    """
+    damage: list[DamagedCheckpointError] = []
+    for directory in candidates(args):
+        try:
+            found = read(directory)
+        except DamagedCheckpointError as error:
+            damage.append(error)
+            continue
+        if warn and dist.get_rank() == 0:
+            for error in damage:
+                print(f"warning: {error}; the checkpoint before it is loaded, {directory}", file=sys.stderr, flush=True)
+        return found
+    if damage:
+        raise damage[0]
+    return None
 
 
-def _common_state(directory: Path) -> dict[str, Any]:
-    with _reading(directory):
+def checkpoint_to_load(args: argparse.Namespace) -> Path | None:
+    """Directory of the first of `candidates` whose files are whole; None where --load holds none yet.
+
+    Raises ValueError where there must be one, or where none is whole.
+    """
+
+    def read(directory: Path) -> Path:
+        _common_state(directory, args)
+        return directory
+
+    return _first_readable(args, read)
+
+
+def _trusted(args: argparse.Namespace) -> bool:
+    return bool(getattr(args, "trust_checkpoint_pickles", False))  # tools ask with few flags
+
+
+def _common_state(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Flags and counters of a checkpoint whose files are whole. Raises DamagedCheckpointError."""
+    check_whole(directory, trusted=_trusted(args))
+    with reading(directory, trusted=_trusted(args)):
         state: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(directory))
+        if not isinstance(state.get("args"), argparse.Namespace):
+            raise TypeError("common.pt holds no flags (args)")
         return state
 
 
-def saved_vocabulary_padding(args: argparse.Namespace) -> int | None:
-    """Padded vocabulary of the checkpoint to load, where this layout can split it too; else None.
+def take_saved_vocabulary(args: argparse.Namespace) -> None:
+    """Keep the padded vocabulary of the checkpoint to load, if there is one and this layout can split it too, and the
+    number of rows in it that are no padding.
 
-    Megatron's padding depends on the tensor-parallel size, and the padding takes part in the softmax: a run that goes
-    on under another layout must keep the one it began with.
+    Megatron's padding depends on the tensor-parallel size, and with another one weights and optimizer state have
+    another shape. A converted model may have more rows than its tokenizer has tokens.
     """
-    directory = checkpoint_to_load(args)
-    if directory is None:
-        return None
-    saved = _common_state(directory)["args"]
+    common = _first_readable(args, lambda directory: _common_state(directory, args))
+    if common is None:
+        return
+    saved = common["args"]
     same_tokenizer = saved.tokenizer_vocab_size == args.tokenizer_vocab_size
-    divisible = saved.padded_vocab_size % args.tensor_model_parallel_size == 0
-    return saved.padded_vocab_size if same_tokenizer and divisible else None
+    if same_tokenizer and saved.padded_vocab_size % args.tensor_model_parallel_size == 0:
+        args.padded_vocab_size = saved.padded_vocab_size
+    if args.padded_vocab_size == saved.padded_vocab_size:
+        rows = getattr(saved, "model_vocab_size", saved.tokenizer_vocab_size)
+        args.model_vocab_size = max(rows, args.tokenizer_vocab_size)
+
+
+@contextlib.contextmanager
+def _agreed(directory: Path) -> Iterator[None]:
+    """What one rank cannot read inside, none takes: DamagedCheckpointError on all. Collective over the whole job."""
+    damage: DamagedCheckpointError | None = None
+    try:
+        yield
+    except DamagedCheckpointError as error:
+        damage = error
+    failed = torch.tensor(damage is not None, dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if damage is not None:
+        raise damage
+    if failed:
+        raise DamagedCheckpointError(f"{directory} cannot be read as a checkpoint: another rank cannot read it")
 
 
 def load_checkpoint(run: Run) -> Path | None:
     """Take up the checkpoint in --load; None where there is none yet. Collective over the whole job.
 
     With --finetune only weights are taken. The RNG state and power-iteration vectors follow where the parallel layout
-    allows, a calibration always, if it is the recipe's own. Raises ValueError in one sentence for a checkpoint of
-    another shape, or one that cannot be read.
+    allows, a calibration always, if it is the recipe's own. One that is damaged makes way for the complete one before
+    it, with a warning on stderr, unless --ckpt-step names it. Raises ValueError in one sentence for a checkpoint of
+    another shape, or where none can be read.
     """
+    return _first_readable(run.args, lambda directory: _load_from(run, directory), warn=True)
+
+
+def _load_from(run: Run, directory: Path) -> Path:
+    """`load_checkpoint` of one directory. Raises DamagedCheckpointError on every rank alike."""
     args = run.args
-    directory = checkpoint_to_load(args)
-    if directory is None:
-        return None
-    common = _common_state(directory)
+    trusted = _trusted(args)
+    with _agreed(directory):
+        common = _common_state(directory, args)
     saved: argparse.Namespace = common["args"]
-    _check_shape(args, saved, directory)
+    check_shape(args, saved, directory)
 
     # An optimizer that has taken no step has no state.
     with_optimizer = not args.finetune and not args.no_load_optim and common["iteration"] > 0
     if with_optimizer and saved.no_save_optim:
         raise ValueError(f"{directory} was saved with --no-save-optim: load it with --no-load-optim or --finetune")
+    apart = [getattr(each, "expert_model_parallel_size", 1) > 1 for each in (saved, args)]
+    if with_optimizer and apart[0] != apart[1]:  # megatron-core has an optimizer for experts that ranks share
+        raise ValueError(f"{directory} was saved {'with' if apart[0] else 'without'} --expert-model-parallel-size "
+                         "above 1, and so is its optimizer state: load it alike, or with --no-load-optim or --finetune")
     same_layout = all(
         getattr(saved, name) == getattr(args, name)
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
     )
     with_rng = not args.finetune and not args.no_load_rng and not saved.no_save_rng and same_layout
-    with _reading(directory):
+    with reading(directory, trusted=trusted):
         tensors = dist_checkpointing.load_tensors_metadata(str(directory))
-    template = _sharded_state(run, loading=True, optimizer=with_optimizer, rng=with_rng)
+    template = sharded_state(run, loading=True, optimizer=with_optimizer, rng=with_rng)
     scaler_keys = template.get("geoscale", {})
     with_scaler = not args.finetune and bool(scaler_keys) and all(
         key in tensors and tuple(tensors[key].global_shape) == tuple(wanted.global_shape)
@@ -224,11 +217,12 @@ def load_checkpoint(run: Run) -> Path | None:
     )
     if not with_scaler:
         template.pop("geoscale", None)
-    with _reading(directory):
+    models = [(key, unwrap_model(chunk)) for key, chunk in _named_chunks(run.chunks)]
+    with _agreed(directory), reading(directory, trusted=trusted):
         loaded = dist_checkpointing.load(template, str(directory))
+        _check_extra_states(loaded, models, trusted)
 
-    for key, chunk in _named_chunks(run.chunks):
-        unwrap_model(chunk).load_state_dict(loaded[key])
+    _put_weights(loaded, models, trusted)
     if with_optimizer:
         run.optimizer.load_state_dict(loaded["optimizer"])
         try:
@@ -243,7 +237,7 @@ def load_checkpoint(run: Run) -> Path | None:
     if not args.finetune:
         run.state = TrainState(**loaded["train_state"])
     if with_rng:
-        _set_rng_state(loaded["rng_state"][0])
+        set_rng_state(loaded["rng_state"][0])
     if with_scaler:
         run.scaling.load_state_dict(loaded["geoscale"])
     return directory
@@ -255,26 +249,28 @@ def load_weights(run: Run, directory: str) -> None:
     iteration = latest_iteration(directory)
     if iteration is None:
         raise ValueError(f"{directory} holds no checkpoint: {TRACKER} is not there")
-    source = iteration_directory(directory, iteration)
-    _check_shape(run.args, _common_state(source)["args"], source)
+    source = find_iteration(directory, iteration)
+    check_shape(run.args, _common_state(source, run.args)["args"], source)
     models = [(key, unwrap_model(chunk)) for key, chunk in _named_chunks(run.chunks)]
-    template = {key: model.sharded_state_dict(metadata=dict(_METADATA)) for key, model in models}
-    with _reading(source):
+    template = {key: model.sharded_state_dict(metadata=dict(CONTENT_METADATA)) for key, model in models}
+    trusted = _trusted(run.args)
+    with reading(source, trusted=trusted):
         loaded = dist_checkpointing.load(template, str(source))
-    for key, model in models:
-        model.load_state_dict(loaded[key])
+        _check_extra_states(loaded, models, trusted)
+    _put_weights(loaded, models, trusted)
     run.optimizer.reload_model_params()
 
 
-def _check_shape(args: argparse.Namespace, saved: argparse.Namespace, directory: Path) -> None:
-    by_position = {"learned_absolute": ("max_position_embeddings",), "none": ()}
-    position = by_position.get(args.position_embedding_type, _ROTARY_FLAGS)
-    for name in (*_SHAPE_FLAGS, *position):
-        ours = getattr(args, name)
-        theirs = getattr(saved, name, ours)  # a flag that did not exist when it was saved changed nothing then
-        if ours != theirs:
-            flag = "--vocab-size, padded," if name == "padded_vocab_size" else "--" + name.replace("_", "-")
-            raise ValueError(f"{directory} has another shape: {flag} was {theirs} when it was saved and is {ours} now")
+def _check_extra_states(loaded: dict[str, Any], models: list[tuple[str, torch.nn.Module]], trusted: bool) -> None:
+    if not trusted:
+        for key, _ in models:
+            check_extra_states(loaded[key])
+
+
+def _put_weights(loaded: dict[str, Any], models: list[tuple[str, torch.nn.Module]], trusted: bool) -> None:
+    with plain_pickles(trusted=trusted):
+        for key, model in models:
+            model.load_state_dict(loaded[key])
 
 
 def _named_chunks(chunks: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
@@ -283,50 +279,20 @@ def _named_chunks(chunks: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Mod
     return [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
 
 
-def _sharded_state(run: Run, *, loading: bool = False, optimizer: bool = True, rng: bool = True) -> dict[str, Any]:
+def sharded_state(run: Run, *, loading: bool = False, optimizer: bool = True, rng: bool = True) -> dict[str, Any]:
+    """What a checkpoint holds, as megatron-core's save and load take it."""
     args = run.args
     state: dict[str, Any] = {"checkpoint_version": 3.0, "iteration": run.state.iteration}
     for key, chunk in _named_chunks(run.chunks):
-        state[key] = unwrap_model(chunk).sharded_state_dict(metadata=dict(_METADATA))
+        state[key] = unwrap_model(chunk).sharded_state_dict(metadata=dict(CONTENT_METADATA))
     if optimizer and (loading or (run.state.iteration > 0 and not args.no_save_optim)):
-        state["optimizer"] = run.optimizer.sharded_state_dict(state, is_loading=loading, metadata=dict(_METADATA))
+        metadata = dict(CONTENT_METADATA)
+        state["optimizer"] = run.optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
         state["opt_param_scheduler"] = run.scheduler.state_dict()
     if rng and (loading or not args.no_save_rng):
-        state["rng_state"] = _rng_state()
+        state["rng_state"] = rng_state()
     if isinstance(run.scaling, GeoScaleEngine):
         state["geoscale"] = run.scaling.sharded_state_dict()
     state["args"] = saveable(args)
     state["train_state"] = vars(run.state).copy()
     return state
-
-
-def _rng_state() -> ShardedObject:
-    """Generators of this rank; data-parallel replicas draw alike, so one of them is saved."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "random": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-    pipeline, tensor = (
-        parallel_state.get_pipeline_model_parallel_group(),
-        parallel_state.get_tensor_model_parallel_group(),
-    )
-    return ShardedObject(
-        "rng_state",
-        [state],
-        (pipeline.size(), tensor.size()),
-        (pipeline.rank(), tensor.rank()),
-        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["random"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

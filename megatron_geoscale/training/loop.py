@@ -8,11 +8,11 @@ refresh, save or exit is decided from state that all ranks share, so no collecti
 from __future__ import annotations
 
 import argparse
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,38 +27,25 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_geoscale.attention.baselines import DelayedScaling
+from megatron_geoscale.scaling.drift import check_replicas
 from megatron_geoscale.scaling.engine import GeoScaleEngine
 from megatron_geoscale.scaling.layers import find_attention_layers
-from megatron_geoscale.training.checkpointing import Run, load_weights, save_checkpoint
+from megatron_geoscale.training.checkpointing import Run, load_weights
 from megatron_geoscale.training.data import build_iterator, get_batch
+from megatron_geoscale.training.exit_request import ExitRequest
 from megatron_geoscale.training.fault_injection import Fault, inject
 from megatron_geoscale.training.monitor import Monitor, StepReport, print_from_reporter
-
-
-class ExitRequest:
-    """SIGTERM, or --exit-duration-in-mins: on whichever rank it is noticed, all ranks exit after the same step."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self._signalled = False
-        signal.signal(signal.SIGTERM, self._on_signal)
-
-    def _on_signal(self, *_: Any) -> None:  # may come twice, from Slurm and from torchrun
-        self._signalled = True
-
-    def reason(self) -> str | None:
-        """Why to exit now, None to go on. Collective over the whole job."""
-        late = self._deadline is not None and time.monotonic() > self._deadline
-        flags = torch.tensor([self._signalled, late], dtype=torch.int32, device=torch.cuda.current_device())
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        signalled, late = flags.tolist()
-        return "SIGTERM" if signalled else "--exit-duration-in-mins" if late else None
+from megatron_geoscale.training.saving import CheckpointWriter
 
 
 def _loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the masked token losses, number of tokens, and both for the log."""
     total = (losses.float() * loss_mask).sum()
     num_tokens = loss_mask.sum().to(torch.int)
+    ranks = parallel_state.get_context_parallel_world_size()
+    if ranks > 1:  # gradients are averaged over the ranks that share a sequence, which hold unlike numbers of tokens
+        total = total * ranks
+        dist.all_reduce(num_tokens, group=parallel_state.get_context_parallel_group())
     return total, num_tokens, {"lm loss": torch.stack([total.detach(), num_tokens.to(total.dtype)])}
 
 
@@ -108,7 +95,8 @@ class Trainer:
         self.run, self.args, self.state = run, run.args, run.state
         self._train_data, self._valid_data = train_data, valid_data
         self._monitor = Monitor(run)
-        self._applied_since_refresh = run.args.geoscale.refresh_interval  # the first forward needs a table
+        self._writer = CheckpointWriter(run)
+        self._without_table = True  # the first forward needs one, and so does one after an injected fault
         self._unchecked = False  # whether a refresh still has to be asked if it met weights that are not finite
         update_num_microbatches(self.state.consumed_samples)
         self._iterators = self._per_chunk(train_data, self.state.consumed_samples)
@@ -122,8 +110,10 @@ class Trainer:
         """Train to --train-iters; returns why it stopped. Saves before it stops when --save is given."""
         saved_at = self.state.iteration or None  # of a run that has just begun, even iteration 0 is worth saving
         reason = "training is complete"
-        while self.state.iteration < self.args.train_iters:
+        requested = exit_request.reason(before_any_step=True)
+        while requested is None and self.state.iteration < self.args.train_iters:
             self._step()
+            self._announce(self._writer.finish(wait=False))
             iteration = self.state.iteration
             if self._valid_data_wanted() and iteration % self.args.eval_interval == 0:
                 self.evaluate()
@@ -133,18 +123,22 @@ class Trainer:
             requested = exit_request.reason()
             if requested is None and self.args.exit_interval and iteration % self.args.exit_interval == 0:
                 requested = "--exit-interval"
-            if requested:
-                reason = f"exiting at iteration {iteration}: {requested}"
-                break
+        if requested:
+            reason = f"exiting at iteration {self.state.iteration}: {requested}"
         if self.args.save and saved_at != self.state.iteration:
             self._save()
+        self._announce(self._writer.finish(wait=True))
         self._monitor.close()
         return reason
 
     def _save(self) -> None:
         self._gather_params()  # the first replica saves, and knows only its own share of the last update
-        directory = save_checkpoint(self.run)
-        print_from_reporter(f"saved checkpoint at iteration {self.state.iteration:7d} to {directory}")
+        self._compare_replicas()
+        self._announce(self._writer.save(self.run))
+
+    def _announce(self, directories: list[Path]) -> None:
+        for directory in directories:
+            print_from_reporter(f"saved checkpoint at iteration {int(directory.name.split('_')[1]):7d} to {directory}")
 
     def _step(self) -> None:
         """One iteration."""
@@ -158,6 +152,10 @@ class Trainer:
             chunk.zero_grad_buffer()
             chunk.train()
         run.optimizer.zero_grad()
+        interval = self.args.geoscale_check_interval
+        if interval and run.state.iteration % interval == 0:
+            self._gather_params()
+            self._compare_replicas()
         refresh_ms = self._refresh()
         with_sqnr = faulty or self.args.geoscale_log_sqnr
         self._monitor.measure_sqnr(with_sqnr)
@@ -171,7 +169,7 @@ class Trainer:
         batch = get_current_global_batch_size()
         if applied:
             run.scheduler.step(increment=batch)
-            self._applied_since_refresh += 1
+            run.state.applied_since_refresh += 1
         else:
             run.state.skipped_iterations += 1
         run.state.consumed_samples += batch
@@ -203,20 +201,31 @@ class Trainer:
         if fault.kind == "load_weights":
             load_weights(run, fault.directory)
         else:
-            layers = find_attention_layers(run.chunks, takes_scales=run.scaling is not None)
-            inject(fault, layers, self.args.num_layers, run.optimizer)
-        self._applied_since_refresh = self.args.geoscale.refresh_interval
+            inject(fault, self._layers(), self.args.num_layers, run.optimizer)
+        self._without_table = True
+
+    def _layers(self) -> Any:
+        return find_attention_layers(self.run.chunks, takes_scales=self.run.scaling is not None)
+
+    def _compare_replicas(self) -> None:
+        """Stop if attention weights differ between data-parallel replicas. The weights must be gathered."""
+        replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        if self.args.geoscale_check_interval and replicas > 1:
+            check_replicas(self._layers())
 
     def _refresh(self) -> float:
         """Make the scale table agree with the weights if they have changed; milliseconds it took."""
-        scaling = self.run.scaling
-        if not isinstance(scaling, GeoScaleEngine) or self._applied_since_refresh < self.args.geoscale.refresh_interval:
+        scaling, state = self.run.scaling, self.state
+        due = state.applied_since_refresh >= self.args.geoscale.refresh_interval
+        if not isinstance(scaling, GeoScaleEngine) or not (due or self._without_table):
             return 0.0
         self._gather_params()
         # On a GPU the host runs ahead of the device: whether all was finite is asked where it waits anyway.
         scaling.refresh(check=not torch.cuda.is_available())
         self._unchecked = torch.cuda.is_available()
-        self._applied_since_refresh = 0
+        self._without_table = False
+        if due:  # a run that has been resumed between two refreshes keeps their rhythm
+            state.applied_since_refresh = 0
         return scaling.refresh_ms
 
     def _check_finite(self) -> None:

@@ -64,8 +64,8 @@ def test_a_run_may_be_stopped_again_and_again(tmp_path):
     for _ in range(4):  # 5, 10, 12, and one that finds nothing left to do
         parts += train(flags_for(DROPOUT, "--exit-interval 5 --save", tmp_path, "--load", tmp_path))
     assert column(parts, "lm_loss") == column(whole, "lm_loss")
-    saved = sorted(path.name for path in tmp_path.iterdir())
-    assert saved == ["iter_0000005", "iter_0000010", "iter_0000012", "latest_checkpointed_iteration.txt"]
+    saved = sorted(path.name for path in tmp_path.glob("iter_*"))
+    assert saved == ["iter_0000005", "iter_0000010", "iter_0000012"]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "12"
 
 
@@ -78,8 +78,10 @@ def test_a_run_may_be_stopped_again_and_again(tmp_path):
         ((2, "--use-distributed-optimizer"), (1, "")),
         ((1, "--use-distributed-optimizer"), (2, f"{OVERLAP}")),
         ((2, f"{TP2} --geoscale-recipe paper"), (1, "--geoscale-recipe paper")),
+        ((4, f"{TP2} {SP} {PP2} --use-distributed-optimizer"), (2, OVERLAP)),
+        ((2, OVERLAP), (4, f"{TP2} --use-distributed-optimizer")),
     ],
-    ids=["tp2-tp1", "pp1-pp2", "tp2-pp2", "distopt-plain", "dp1-dp2", "tp2-tp1-paper"],
+    ids=["tp2-tp1", "pp1-pp2", "tp2-pp2", "distopt-plain", "dp1-dp2", "tp2-tp1-paper", "tp2-pp2-dp2", "dp2-tp2-dp2"],
 )
 def test_resharded_run_goes_on(tmp_path, before, after):
     (ranks, extra), (resume_ranks, resume_extra) = before, after
@@ -115,6 +117,14 @@ def test_power_vectors_reshard_with_their_heads(tmp_path):
         assert whole.shape == (4, 32)
         assert torch.equal(whole, torch.cat([half.value[layer] for half in halves]))
         assert torch.allclose(torch.linalg.vector_norm(whole, dim=-1), torch.ones(4, dtype=whole.dtype))
+
+
+def test_refreshes_keep_their_rhythm_across_a_resume(tmp_path):
+    """Scales are not saved, so the first step after a resume refreshes; the next refresh comes when it would have."""
+    flags = flags_for("--geoscale-refresh-interval 4")
+    first, rest = stop_and_go_on(tmp_path, flags)
+    refreshed = [record["iteration"] for record in first + rest if record["geoscale"]["refresh_ms"] > 0]
+    assert refreshed == [1, 5, STOP + 1, 9]
 
 
 def test_delayed_scaling_resumes_with_an_empty_history(tmp_path):
@@ -205,8 +215,8 @@ def test_an_older_checkpoint_can_be_named_and_its_successor_is_replaced(tmp_path
     records = read_records(log)  # the log is appended to
     assert column(records, "iteration") == [*range(1, 13), *range(5, 13)]
     assert column(records[12:], "lm_loss") == column(records[4:12], "lm_loss")
-    saved = sorted(path.name for path in (tmp_path / "save").iterdir())
-    assert saved == [*(f"iter_{i:07d}" for i in (4, 8, 12)), "latest_checkpointed_iteration.txt"]
+    saved = sorted(path.name for path in (tmp_path / "save").glob("iter_*"))
+    assert saved == [f"iter_{i:07d}" for i in (4, 8, 12)]
 
 
 def test_loading_from_a_directory_without_checkpoint_starts_anew(tmp_path):

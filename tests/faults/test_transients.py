@@ -17,11 +17,11 @@ def fault(text, recipe, *more):
 
 def test_a_learning_rate_spike_lasts_one_update_and_shows_in_the_next_forward():
     calm = train(base(CALM, "--geoscale-recipe none"))
-    none = fault("lr_spike:3:300", "none")
+    none = fault("lr_spike:3:1000", "none")
     assert column(none, "lm_loss")[:3] == column(calm, "lm_loss")[:3]
     assert column(none, "lm_loss")[3] != column(calm, "lm_loss")[3]
     assert column(none, "learning_rate") == column(calm, "learning_rate")  # the schedule is not touched
-    certified, delayed = (fault("lr_spike:3:300", recipe) for recipe in ("certified", "delayed"))
+    certified, delayed = (fault("lr_spike:3:1000", recipe) for recipe in ("certified", "delayed"))
     assert column(certified, "geoscale.saturated") == [0] * 6
     assert max(layer_column(certified[3], "sigma")) > 1.5 * max(layer_column(certified[2], "sigma"))
     jump, before = delayed[3]["geoscale"], delayed[2]["geoscale"]

@@ -184,12 +184,8 @@ def _rank(flags: list[str], rank: int, ranks: int, port: int, folder: Path, watc
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
     from megatron_geoscale.training import loop, main
 
-    # A save passes its results through a manager process, and a spawned one imports torch again, for 2 s.
-    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
     if watch is not None:
         plain = loop.Trainer.train
 
