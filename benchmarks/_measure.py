@@ -160,7 +160,7 @@ def svd_of_triangles(w_q: torch.Tensor, w_k: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def megatron_on_one_rank(seed: int = 1234) -> Iterator[None]:
-    """megatron-core on this process alone: one gloo group, seeds, quiet. Restores nothing but the process group."""
+    """megatron-core on this process alone: one group, seeds, quiet. Restores nothing but the process group."""
     from megatron_geoscale import cpu
 
     cpu.quieten()
@@ -171,7 +171,8 @@ def megatron_on_one_rank(seed: int = 1234) -> Iterator[None]:
     from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
 
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             parallel_state.initialize_model_parallel()
             torch.manual_seed(seed)

@@ -24,10 +24,12 @@ from megatron.core import parallel_state
 from megatron_geoscale.bounds.qk_norm import HeadNorm
 from megatron_geoscale.config import GeoScaleConfig
 from megatron_geoscale.scaling import guard
+from megatron_geoscale.scaling.amax_history import AmaxHistory, HistoryScaler
 from megatron_geoscale.scaling.calibrator import Calibrator
 from megatron_geoscale.scaling.estimator import SigmaEstimator
 from megatron_geoscale.scaling.gauge import SlotGauge
 from megatron_geoscale.scaling.geometry import AttentionGeometry
+from megatron_geoscale.scaling.kernel_slots import KernelSlots
 from megatron_geoscale.scaling.latent_layers import LatentLayer, latent_norm
 from megatron_geoscale.scaling.layer_bounds import bound_heads, layers_at_once
 from megatron_geoscale.scaling.layers import AttentionLayer, find_attention_layers, refuse_unbounded
@@ -40,20 +42,40 @@ class GeoScaleEngine:
     """Scales for the FP8 attention of one Megatron model, predicted from its weights. Make it with `attach`."""
 
     def __init__(
-        self, layers: Sequence[AttentionLayer | LatentLayer], config: GeoScaleConfig, *, device: torch.device
+        self,
+        layers: Sequence[AttentionLayer | LatentLayer],
+        config: GeoScaleConfig,
+        *,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        share: tuple[int, int] | None = None,
     ) -> None:
+        """`group`: as in `attach_layers`. share: (index, of how many) of the shares of `layers` that ranks of the group
+        have bounded each, where data-parallel ranks are not Megatron's."""
         self.config = config
+        self._group = group
         self.layers = list(layers)
         num_layers = self.layers[0].config.num_layers
         self.table = ScaleTable(num_layers, device)
         self.gauge = SlotGauge(num_layers, device)
-        self._mine, share = self.layers, 0
-        if config.split_over_data_parallel:
-            share = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-            self._mine = self.layers[share :: parallel_state.get_data_parallel_world_size(with_context_parallel=True)]
-        self.estimator = SigmaEstimator(self._mine, config, share=share)
+        if share is None and config.split_over_data_parallel:
+            share = (
+                parallel_state.get_data_parallel_rank(with_context_parallel=True),
+                parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+            )
+        index, of = share or (0, 1)
+        self._mine = self.layers[index::of]
+        self.estimator = SigmaEstimator(self._mine, config, share=index)
         self.calibrator = Calibrator(num_layers, config, device) if config.calibrated_slots else None
         """Sets alpha from what a burn-in saw (THEORY 6), under recipes that do so."""
+        self._gauges = [self.gauge] if self.calibrator is None else [self.gauge, self.calibrator.gauge]
+        self.history: AmaxHistory | None = None
+        """Scales of the backward slots under `--geoscale-backward delayed`."""
+        if config.backward == "delayed":
+            amax_group = group or parallel_state.get_amax_reduction_group(with_context_parallel=True)
+            self.history = AmaxHistory(num_layers, amax_group=amax_group, device=device)
+        self.kernels: KernelSlots | None = None
+        """What fused kernels read and write, where they compute the attention: see `kernel_slots`."""
         self.refresh_ms = 0.0
         """Wall time of the last refresh, milliseconds; on a GPU without the check, that of launching it."""
         self._batches = _batches(self._mine)
@@ -68,14 +90,38 @@ class GeoScaleEngine:
         """
         if not config.is_geometric:
             raise ValueError(f"--geoscale-recipe {config.recipe} takes no scale from the weights: nothing to attach")
-        layers = find_attention_layers(model_chunks)
+        return cls.attach_layers(find_attention_layers(model_chunks), config)
+
+    @classmethod
+    def attach_layers(
+        cls,
+        layers: Sequence[AttentionLayer | LatentLayer],
+        config: GeoScaleConfig,
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> GeoScaleEngine:
+        """`attach` for these layers alone. With a `group`, `refresh` is collective over it instead of the whole job:
+        over the tensor-parallel group of a layer it makes that layer's row of the table, and no other."""
         for layer in layers:
             refuse_unbounded(layer, config)
-        engine = cls(layers, config, device=layers[0].device)
-        gauges = [engine.gauge] if engine.calibrator is None else [engine.gauge, engine.calibrator.gauge]
+        engine = cls(layers, config, device=layers[0].device, group=group)
         for layer in engine.layers:
-            layer.core_attention.scaler = TableScaler(engine.table, gauges, layer.number - 1, layer.geometry)
+            row, gauges = layer.number - 1, engine._gauges
+            backward = None if engine.history is None else HistoryScaler(engine.history, row)
+            layer.core_attention.scaler = TableScaler(engine.table, gauges, row, layer.geometry, backward=backward)
         return engine
+
+    def kernel_slots(self) -> KernelSlots:
+        """Memory for fused kernels on this engine's scales, one for all its layers; from then on `collect` reads it."""
+        if self.kernels is None:
+            self.kernels = KernelSlots(self.table, self._gauges, history=self.history)
+        return self.kernels
+
+    def collect(self) -> None:
+        """Bring `gauge` up to date. The host does not wait, but after a layer's first step with fused kernels, when it
+        makes sure that they ran and raises RuntimeError if not (`KernelSlots.collect`)."""
+        if self.kernels is not None:
+            self.kernels.collect()
 
     @property
     def scales(self) -> torch.Tensor:
@@ -88,7 +134,7 @@ class GeoScaleEngine:
 
     @torch.no_grad()
     def refresh(self, *, check: bool = True) -> None:
-        """Make the table agree with the weights. Collective over the whole job.
+        """Make the table agree with the weights. Collective over the whole job, or the group of `attach_layers`.
 
         Raises NonFiniteWeightsError, the same on every rank, before anything is swapped. `check=False` leaves that to
         `check_finite`, so that the host need not wait for the device (under the power estimator it waits once a batch
@@ -101,7 +147,7 @@ class GeoScaleEngine:
         for batch in self._batches:
             rows.index_copy_(0, batch.rows, self._bound(batch))
         if dist.is_initialized():
-            dist.all_reduce(rows, op=dist.ReduceOp.MAX)
+            dist.all_reduce(rows, op=dist.ReduceOp.MAX, group=self._group)
         self._codes = rows[:, -1]
         self._swap(rows[:, :-1], unless=(self._codes > 0).any())
         if check:
@@ -111,6 +157,10 @@ class GeoScaleEngine:
     def check_finite(self) -> None:
         """Raise NonFiniteWeightsError if the last refresh met a weight that is not finite. Waits for the device."""
         guard.raise_if_nonfinite(self._codes)
+
+    def check_later(self) -> guard.DeferredCheck:
+        """`check_finite` without the wait, to be asked once the host has gone on."""
+        return guard.DeferredCheck(self._codes)
 
     def _bound(self, batch: _Batch) -> torch.Tensor:
         """Bounds and code of each layer of the batch, [layers, len(BOUNDS) + 1]."""
@@ -140,20 +190,26 @@ class GeoScaleEngine:
     def _swap(self, bounds: torch.Tensor, *, unless: torch.Tensor) -> None:
         alpha = None if self.calibrator is None else self.calibrator.alpha
         scales = scales_from_bounds(bounds, self.layers[0].geometry, self.config, alpha)
+        self.collect()
         self.table.swap(self.table.scales.where(unless, scales), self.table.bounds.where(unless, bounds))
 
     def begin_step(self) -> None:
         """Forget what validation has cast: calibration is a matter of training steps."""
+        self.collect()
         if self.calibrator is not None:
             self.calibrator.gauge.reset()
 
     @torch.no_grad()
     def end_step(self) -> None:
         """Calibrate from the training step that has run; a changed alpha is in the table at once, for the next step.
+        Likewise the history of backward scales, where there is one.
 
-        Nothing, under recipes that do not calibrate; else collective over the whole job, once a step on every rank,
+        Nothing, under recipes that have neither; else collective over the whole job, once a step on every rank,
         whether or not its optimizer step was applied. The host does not wait for the device.
         """
+        self.collect()
+        if self.history is not None:
+            self.history.end_step()
         if self.calibrator is None:
             return
         bounds = self.table.bounds.clone()

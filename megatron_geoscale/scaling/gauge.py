@@ -12,8 +12,9 @@ class SlotGauge:
     """Maxima and counts of every cast since the last `reset`, [num_layers, len(SLOTS)] each.
 
     `amax` float32: max |x|. `overrange` float32: max |x| * scale / FP8_max, above 1 where values saturated.
-    `saturated`, `flushed` int64: as `formats.Cast` counts them. All are updated in place (their addresses stay) and
-    nothing is copied to the host. A NaN or infinite amax stays until `reset`: it shows in `amax` and `overrange`.
+    `saturated`, `flushed` int64: as `formats.Cast` counts them; of fused kernels see `observe_maxima`. All are updated
+    in place (their addresses stay) and nothing is copied to the host. A NaN or infinite amax stays until `reset`: it
+    shows in `amax` and `overrange`.
     """
 
     def __init__(self, num_layers: int, device: torch.device | str = "cpu") -> None:
@@ -39,6 +40,16 @@ class SlotGauge:
             total[row, column].copy_(torch.maximum(total[row, column], new))
         self.saturated[row, column].add_(saturated)
         self.flushed[row, column].add_(flushed)
+
+    def observe_maxima(self, amax: torch.Tensor, overrange: torch.Tensor) -> None:
+        """Add what kernels tell of all layers' casts, float32 [num_layers, len(SLOTS)] each.
+
+        They keep maxima and count nothing: a slot whose maximum was beyond the range adds 1 to `saturated`, for at
+        least one value was, and `flushed` stays as it is.
+        """
+        for total, new in ((self.amax, amax), (self.overrange, overrange)):
+            torch.maximum(total, new, out=total)
+        self.saturated.add_(overrange > 1.0)
 
     def reset(self) -> None:
         """Forget everything, in place."""

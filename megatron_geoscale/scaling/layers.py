@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -225,7 +226,7 @@ def find_attention_layers(
     layers: list[AttentionLayer | LatentLayer] = []
     for chunk in model_chunks:
         model = unwrap_model(chunk)
-        layers += [_describe(model, layer) for layer in _transformer_layers(model, takes_scales)]
+        layers += [describe_layer(layer, model) for layer in _transformer_layers(model, takes_scales)]
     if not layers:
         raise ValueError(
             "no attention layer with FP8 attention was found in the model: build it from a layer spec that "
@@ -242,7 +243,9 @@ def _transformer_layers(model: torch.nn.Module, takes_scales: bool) -> Iterator[
                 yield module
 
 
-def _describe(model: torch.nn.Module, layer: TransformerLayer) -> AttentionLayer | LatentLayer:
+def describe_layer(layer: TransformerLayer, model: Any) -> AttentionLayer | LatentLayer:
+    """What the bounds need of `layer`. `model`: the GPTModel, or another object with its `max_sequence_length`,
+    `position_embedding_type` and `rotary_percent`."""
     attention, number, length = layer.self_attention, layer.layer_number, model.max_sequence_length
     if isinstance(attention, MLASelfAttention):
         return LatentLayer(number, attention, layer.input_layernorm, length)

@@ -68,7 +68,9 @@ class Monitor:
 
     def __init__(self, run: Run) -> None:
         self._run, self._args = run, run.args
-        self._modules = [m for chunk in run.chunks for m in chunk.modules() if isinstance(m, EmulatedAttention)]
+        modules = [m for chunk in run.chunks for m in chunk.modules()]
+        self._scaled = [m for m in modules if getattr(m, "scaler", None) is not None]
+        self._emulated = [m for m in self._scaled if isinstance(m, EmulatedAttention)]
         self._jsonl: TextIO | None = None
         self._writers: Writers | None = None
         self._interval = _Interval()
@@ -85,7 +87,7 @@ class Monitor:
 
     def measure_sqnr(self, on: bool) -> None:
         """Whether the coming step compares its attention output with that of uncast attention."""
-        for module in self._modules:
+        for module in self._emulated:
             module.measure_sqnr = on
 
     def report(self, step: StepReport) -> None:
@@ -158,8 +160,10 @@ class Monitor:
         """The `geoscale` object of the JSONL, the same on all ranks; empties the gauges. Collective over the job."""
         scaling = self._run.scaling
         gauge = scaling.gauge
+        if isinstance(scaling, GeoScaleEngine):
+            scaling.collect()
         local = torch.zeros(len(gauge.amax), 1, device=gauge.amax.device)
-        for module in self._modules:
+        for module in self._scaled:
             local[module.layer_number - 1] = 1.0
         scales = torch.zeros_like(gauge.amax) if scaling.scales is None else scaling.scales * local
         counts = torch.stack([gauge.saturated, gauge.flushed])
@@ -180,7 +184,7 @@ class Monitor:
             "flushed": int(flushed.sum()),
             "saturated_by_slot": dict(zip(SLOTS, saturated.sum(0).tolist(), strict=True)),
         }
-        if step.measured_sqnr:
+        if step.measured_sqnr and not self._args.te_attention:
             result["attention_sqnr_db"] = self._collect_sqnr()
         qkv = SLOTS.index("qkv")
         bounds = scaling.table.bounds if isinstance(scaling, GeoScaleEngine) else None
@@ -203,7 +207,7 @@ class Monitor:
     def _collect_sqnr(self) -> float:
         """SQNR in dB of the attention output of the step, over all layers, heads and micro batches."""
         powers = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-        for module in self._modules:
+        for module in self._emulated:
             if module.sqnr_powers is not None:
                 powers += torch.stack(list(module.sqnr_powers))
                 module.reset_sqnr()

@@ -1,12 +1,14 @@
-"""LayerNorm and RMSNorm for layer specs that can use neither Transformer Engine nor Apex.
+"""LayerNorm and RMSNorm for the local layer spec; Transformer Engine's layer spec has its own, fused.
 
-megatron-core's own fallback, `WrappedTorchNorm`, refuses sequence parallelism and zero-centred gamma. This one has
-both, so the local layer spec trains wherever torch does.
+megatron-core takes NVIDIA Apex's fused LayerNorm where it finds it. Its fallback, and its only local RMSNorm,
+`WrappedTorchNorm`, refuses sequence parallelism and zero-centred gamma. `TorchNorm` has both, so the local layer spec
+trains wherever torch does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,19 +53,44 @@ class TorchNorm(torch.nn.Module):
         return F.layer_norm(x.to(dtype), self.shape, weight, self.bias.to(dtype), self.eps).to(x.dtype)
 
 
+def has_apex_norm() -> bool:
+    """Whether NVIDIA Apex's fused LayerNorm is there, with its kernel."""
+    from megatron.core.fusions.fused_layer_norm import HAVE_FUSED_LAYER_NORM
+
+    return HAVE_FUSED_LAYER_NORM and importlib.util.find_spec("fused_layer_norm_cuda") is not None
+
+
+def local_norm(normalization: str) -> type[torch.nn.Module]:
+    """The fastest norm of the local layer spec here: Apex's LayerNorm on a GPU that has it, else TorchNorm."""
+    if normalization == "LayerNorm" and torch.cuda.is_available() and has_apex_norm():
+        from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+
+        return FusedLayerNorm
+    return TorchNorm
+
+
+def use_local_norm(block: TransformerBlockSubmodules, normalization: str) -> TransformerBlockSubmodules:
+    """Put `local_norm` for every norm of `block`, as `use_torch_norm` does."""
+    return _use(local_norm(normalization), block)
+
+
 def use_torch_norm(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
     """Put TorchNorm for every norm of `block`, in place: input, pre-MLP, query, key and final norm.
 
     `block` is what megatron-core's `get_gpt_decoder_block_spec(config, use_transformer_engine=False)` returns. A norm
     that the spec leaves out (IdentityOp) stays out, and L2Norm, which has no parameters, stays what it is.
     """
-    block.layer_norm = TorchNorm
+    return _use(TorchNorm, block)
+
+
+def _use(norm: type[torch.nn.Module], block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    block.layer_norm = norm
     for layer in block.layer_specs:
-        _replace_norms(layer.submodules)
+        _replace_norms(norm, layer.submodules)
     return block
 
 
-def _replace_norms(submodules: Any) -> None:
+def _replace_norms(norm: type[torch.nn.Module], submodules: Any) -> None:
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.torch_norm import L2Norm
 
@@ -71,6 +98,6 @@ def _replace_norms(submodules: Any) -> None:
         value = getattr(submodules, field.name)
         if field.name.endswith("layernorm"):
             if value not in (None, IdentityOp, L2Norm):
-                setattr(submodules, field.name, TorchNorm)
+                setattr(submodules, field.name, norm)
         elif dataclasses.is_dataclass(getattr(value, "submodules", None)):
-            _replace_norms(value.submodules)
+            _replace_norms(norm, value.submodules)

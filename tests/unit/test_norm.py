@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_geoscale.training.norm import TorchNorm, use_torch_norm
+from megatron_geoscale.training.norm import TorchNorm, local_norm, use_local_norm, use_torch_norm
 
 HIDDEN, EPS = 48, 1e-5
 
@@ -111,3 +111,31 @@ def test_use_torch_norm_replaces_every_norm_of_the_local_spec(megatron, qk_layer
     assert layer.submodules.pre_cross_attn_layernorm is IdentityOp
     attention = layer.submodules.self_attention.submodules
     assert attention.q_layernorm is attention.k_layernorm is (TorchNorm if qk_layernorm else IdentityOp)
+
+
+@pytest.mark.parametrize(
+    ("normalization", "cuda", "apex", "kernel", "fused"),
+    [
+        ("LayerNorm", True, True, True, True),
+        ("RMSNorm", True, True, True, False),
+        ("LayerNorm", False, True, True, False),
+        ("LayerNorm", True, False, True, False),
+        ("LayerNorm", True, True, False, False),
+    ],
+)
+def test_apex_norm_is_taken_where_it_works(megatron, monkeypatch, tmp_path, normalization, cuda, apex, kernel, fused):
+    from megatron.core.fusions import fused_layer_norm
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(fused_layer_norm, "HAVE_FUSED_LAYER_NORM", apex)
+    if kernel:
+        (tmp_path / "fused_layer_norm_cuda.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+    expected = fused_layer_norm.FusedLayerNorm if fused else TorchNorm
+    assert local_norm(normalization) is expected
+    layer = get_gpt_layer_local_spec(normalization=normalization, qk_layernorm=True)
+    block = use_local_norm(TransformerBlockSubmodules(layer_specs=[layer], layer_norm=object()), normalization)
+    assert block.layer_norm is layer.submodules.input_layernorm is expected
+    assert layer.submodules.self_attention.submodules.q_layernorm is expected
