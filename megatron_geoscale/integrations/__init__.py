@@ -1,0 +1,1 @@
+"""Megatron-GeoScale inside other people's training programs."""
