@@ -31,6 +31,7 @@ from megatron_geoscale.checkpoints.hf_writer import (
     write_config,
     write_safetensors,
 )
+from megatron_geoscale.checkpoints.iterations import TRACKER
 from megatron_geoscale.checkpoints.mapping import Part, extra_states, has_fused_experts, model_parts
 from megatron_geoscale.checkpoints.safetensors_dir import DTYPES, SafetensorsDirectory, read_json
 from megatron_geoscale.checkpoints.torch_dist_writer import Chunk, write_torch_dist
@@ -97,7 +98,7 @@ def import_model(
             ]
             objects = {key: [None] for key in extra_states(family)}
             write_torch_dist(directory, chunks, objects, _common_state(args))
-    write_atomically(target / torch_dist.TRACKER, b"0")
+    write_atomically(target / TRACKER, b"0")
     return (f"{target}: {family.model_type}, {family.num_layers} layers, {_dtype_name(dtypes[0])}, vocabulary of "
             f"{family.vocab_size} padded to {padded}")
 
@@ -205,7 +206,7 @@ def export_model(source: Path, target: Path, *, dtype: torch.dtype | None) -> st
     """
     if not source.is_dir():
         raise ValueError(f"{source} is not a directory: give that of a Megatron checkpoint")
-    directory = torch_dist.find_iteration(source)
+    directory = torch_dist.latest_directory(source)
     tensors = torch_dist.TorchDistDirectory(directory)
     args = tensors.args()
     try:

@@ -100,7 +100,7 @@ def _pretrain(flags: list[str], log: Path) -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     status = main.main(flags)
-    for child in multiprocessing.active_children():  # megatron-core's helper of a save
+    for child in multiprocessing.active_children():  # data workers
         child.kill()
     sys.stdout.flush()
     os._exit(status)

@@ -94,7 +94,7 @@ def trained_model(
 
     `data`: flags of other data, with --load."""
     import_once()
-    from megatron_geoscale.training.checkpointing import latest_iteration
+    from megatron_geoscale.checkpoints.iterations import latest_iteration
 
     if args.load is not None:
         iteration = latest_iteration(str(args.load))

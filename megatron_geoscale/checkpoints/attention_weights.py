@@ -18,6 +18,7 @@ import torch
 from megatron_geoscale.bounds.qk_norm import HeadNorm
 from megatron_geoscale.checkpoints import torch_dist
 from megatron_geoscale.checkpoints.families import Family, Stored, read_family
+from megatron_geoscale.checkpoints.iterations import TRACKER
 from megatron_geoscale.checkpoints.safetensors_dir import SafetensorsDirectory
 from megatron_geoscale.scaling.folding import (
     Projection,
@@ -78,7 +79,7 @@ def open_checkpoint(path: Path) -> AttentionSource:
         return MegatronAttention(path)
     if (path / CONFIG).exists():
         return HuggingFaceAttention(path)
-    raise ValueError(f"{path} holds neither {CONFIG}, as a Hugging Face model, nor {torch_dist.TRACKER}, as a Megatron "
+    raise ValueError(f"{path} holds neither {CONFIG}, as a Hugging Face model, nor {TRACKER}, as a Megatron "
                      "checkpoint")
 
 
@@ -137,7 +138,7 @@ class MegatronAttention:
     _WEIGHT = "decoder.layers.self_attention.linear_qkv.weight"
 
     def __init__(self, path: Path) -> None:
-        self.directory = torch_dist.find_iteration(path)
+        self.directory = torch_dist.latest_directory(path)
         self._tensors = torch_dist.TorchDistDirectory(self.directory)
         self._args = args = argparse.Namespace(**{**_LATER, **vars(self._tensors.args())})
         if args.multi_latent_attention:

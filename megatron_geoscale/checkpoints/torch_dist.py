@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-TRACKER = "latest_checkpointed_iteration.txt"
+from megatron_geoscale.checkpoints.iterations import TRACKER, find_iteration, latest_iteration
+
 METADATA = ".metadata"
 COMMON = "common.pt"
 _PICKLED_MODULES = tuple(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "planner", "filesystem"))
@@ -34,17 +35,14 @@ def is_checkpoint(directory: Path) -> bool:
     return any((directory / name).exists() for name in (TRACKER, METADATA, COMMON))
 
 
-def find_iteration(directory: Path) -> Path:
+def latest_directory(directory: Path) -> Path:
     """The directory of one iteration: `directory` itself, or the one that its tracker names. ValueError if damaged."""
-    tracker = directory / TRACKER
-    if not tracker.exists():
+    iteration = latest_iteration(directory)
+    if iteration is None:
         return directory
-    text = tracker.read_text(errors="replace").strip()
-    if not text.isdecimal():
-        raise ValueError(f"{tracker} must hold an iteration number, not {text[:40]!r}")
-    found = directory / f"iter_{int(text):07d}"
+    found = find_iteration(directory, iteration)
     if not found.is_dir():
-        raise ValueError(f"{tracker} names iteration {text}, but {found} is not there")
+        raise ValueError(f"{directory / TRACKER} names iteration {iteration}, but {found} is not there")
     return found
 
 

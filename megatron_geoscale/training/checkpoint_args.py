@@ -47,8 +47,9 @@ def saved_args(args: argparse.Namespace) -> tuple[Path, argparse.Namespace]:
 
     Raises ValueError where there is none, or where it is damaged.
     """
+    from megatron_geoscale.checkpoints.iterations import TRACKER
     from megatron_geoscale.checkpoints.torch_dist import TorchDistDirectory
-    from megatron_geoscale.training.checkpointing import TRACKER, checkpoint_to_load
+    from megatron_geoscale.training.checkpointing import checkpoint_to_load
 
     require(args.load is not None, "--use-checkpoint-args needs --load, the checkpoint to take the flags from")
     directory = checkpoint_to_load(args)

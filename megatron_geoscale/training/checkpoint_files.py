@@ -25,7 +25,14 @@ from typing import IO, Any
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_geoscale.checkpoints.torch_dist import COMMON, TRACKER
+from megatron_geoscale.checkpoints.iterations import (
+    STALE,
+    TRACKER,
+    find_iteration,
+    iteration_directory,
+    with_suffix,
+)
+from megatron_geoscale.checkpoints.torch_dist import COMMON
 from megatron_geoscale.training.plain_pickles import plain_pickles
 
 COMPLETE = "metadata.json"
@@ -35,32 +42,6 @@ _NAME = re.compile(r"iter_(\d{7,})(\.stale)?")
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint that is there and cannot be read; an older one may do."""
-
-
-def iteration_directory(directory: str | Path, iteration: int) -> Path:
-    """DIR/iter_0000010 for iteration 10."""
-    return Path(directory) / f"iter_{iteration:07d}"
-
-
-def latest_iteration(directory: str | Path) -> int | None:
-    """Iteration of the last complete checkpoint in `directory`, None where there is none.
-
-    Raises ValueError naming the file where the tracker is not a number.
-    """
-    tracker = Path(directory) / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text(errors="replace").strip()
-    if not (text.isascii() and text.isdecimal()):
-        raise ValueError(f"{tracker} must hold an iteration number, not {text[:40]!r}")
-    return int(text)
-
-
-def find_iteration(directory: str | Path, iteration: int) -> Path:
-    """Directory of a checkpoint: the one of its name, or the one that a killed save was about to replace."""
-    final = iteration_directory(directory, iteration)
-    stale = _with(final, "stale")
-    return stale if stale.is_dir() and not final.exists() else final
 
 
 def complete_iterations(directory: str | Path) -> dict[int, Path]:
@@ -89,14 +70,14 @@ def begin(directory: str | Path, iteration: int) -> Path:
 
 def partial_directory(directory: str | Path, iteration: int) -> Path:
     """Where a checkpoint is written until it is whole."""
-    return _with(iteration_directory(directory, iteration), "partial")
+    return with_suffix(iteration_directory(directory, iteration), "partial")
 
 
 def publish(directory: str | Path, iteration: int, *, keep_last: int | None) -> Path:
     """Give a written checkpoint its name, make the tracker name it, and delete all complete older ones but the newest
     `keep_last` - 1 (None keeps all); returns its directory. Rank 0 alone."""
     final = iteration_directory(directory, iteration)
-    stale = _with(final, "stale")
+    stale = with_suffix(final, STALE)
     if final.exists():  # the same iteration again: the old one stays whole until the new one has its name
         final.rename(stale)
     partial_directory(directory, iteration).rename(final)
@@ -115,14 +96,10 @@ def publish(directory: str | Path, iteration: int, *, keep_last: int | None) -> 
 
 def _delete(path: Path) -> None:
     """Remove a checkpoint. What a kill leaves of it does not bear a checkpoint's name."""
-    doomed = _with(path, "deleting")
+    doomed = with_suffix(path, "deleting")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _with(path: Path, suffix: str) -> Path:
-    return path.with_name(f"{path.name}.{suffix}")
 
 
 def check_whole(directory: Path, *, trusted: bool = False) -> None:

@@ -21,15 +21,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 
-from megatron_geoscale.checkpoints.torch_dist import TRACKER
+from megatron_geoscale.checkpoints.iterations import TRACKER, find_iteration, latest_iteration
 from megatron_geoscale.scaling.engine import GeoScaleEngine
 from megatron_geoscale.training.checkpoint_args import saveable
 from megatron_geoscale.training.checkpoint_files import (
     DamagedCheckpointError,
     check_whole,
     complete_iterations,
-    find_iteration,
-    latest_iteration,
     reading,
 )
 from megatron_geoscale.training.checkpoint_shape import check_shape

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_geoscale.checkpoints.iterations import iteration_directory
 from megatron_geoscale.training import checkpoint_files as files
 from megatron_geoscale.training.checkpointing import CONTENT_METADATA, Run, sharded_state
 from megatron_geoscale.training.failures import is_lost_peer
@@ -78,7 +79,7 @@ class CheckpointWriter:
             if dist.get_rank() == 0:
                 files.publish(self._args.save, iteration, keep_last=self._args.keep_last)
         dist.barrier()
-        return files.iteration_directory(self._args.save, iteration)
+        return iteration_directory(self._args.save, iteration)
 
     @contextlib.contextmanager
     def _writing(self, iteration: int) -> Iterator[None]:
@@ -87,7 +88,7 @@ class CheckpointWriter:
         except (OSError, RuntimeError, CheckpointException) as error:
             if is_lost_peer(error):
                 raise
-            final = files.iteration_directory(self._args.save, iteration)
+            final = iteration_directory(self._args.save, iteration)
             if dist.get_rank() == 0:  # a full disk need not stay full
                 shutil.rmtree(files.partial_directory(self._args.save, iteration), ignore_errors=True)
             reason = _reason(error, final.parent)

@@ -9,7 +9,7 @@ import torch
 
 import inspect_scales
 from _cli import describe
-from megatron_geoscale.checkpoints import torch_dist
+from megatron_geoscale.checkpoints.iterations import TRACKER
 from tests.functional.common import base, succeed
 from tests.functional.inspected import edited, saver
 
@@ -110,8 +110,8 @@ def change_args(**values):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda path: (path / torch_dist.TRACKER).write_text("ten"), ("must hold an iteration number, not 'ten'",)),
-        (lambda path: (path / torch_dist.TRACKER).write_text("7"), ("names iteration 7", "iter_0000007 is not there")),
+        (lambda path: (path / TRACKER).write_text("ten"), ("must hold an iteration number, not 'ten'",)),
+        (lambda path: (path / TRACKER).write_text("7"), ("names iteration 7", "iter_0000007 is not there")),
         (lambda path: (path / "iter_0000002" / "common.pt").unlink(), ("it has no common.pt",)),
         (damage_metadata, (".metadata cannot be read",)),
         (evil_metadata, (".metadata cannot be read", "names posix.system")),
