@@ -4,10 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# Transformer Engine's Python, which the contract tests run on a CPU: those of tests/te_stub.py.
+TE_VERSIONS := 2.9.0 2.11.0 2.16.1 2.20.2
+# Megatron-Bridge's own files, whose dependencies need CUDA: for tests/distributed/test_megatron_bridge.py.
+BRIDGE_VERSION := 0.3.1
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean distclean
+.PHONY: help install demo test lint bench container-test clean distclean
 
 help:
 	@echo "make install    make $(VENV) and install the pinned versions of constraints.txt"
@@ -15,6 +19,7 @@ help:
 	@echo "make test       run the tests; ARGS='-k rope' passes options to pytest"
 	@echo "make lint       ruff, and mypy --strict on spectral and bounds"
 	@echo "make bench      cost, growth and tightness: the tables of docs/BENCHMARKS.md, in about eight minutes"
+	@echo "make container-test    build the images and train inside; as root, with Debian's buildah and debootstrap"
 	@echo "make clean      remove caches and build output; make distclean removes $(VENV) too"
 
 install: $(STAMP)
@@ -28,6 +33,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@# pip 22 is the first whose editable installs from pyproject.toml work with constraints
 	@$(PY) -c 'import pip, sys; sys.exit(int(pip.__version__.split(".")[0]) < 22)' || $(PY) -m pip install --upgrade pip
 	$(PY) -m pip install -c constraints.txt -e '.[dev]'
+	@for version in $(TE_VERSIONS); do \
+		test -d $(VENV)/te/$$version/transformer_engine || $(PY) -m pip install --no-deps --quiet \
+			--target $(VENV)/te/$$version transformer-engine==$$version || exit 1; \
+	done
+	@test -d $(VENV)/bridge/megatron || $(PY) -m pip install --no-deps --quiet \
+		--target $(VENV)/bridge megatron-bridge==$(BRIDGE_VERSION)
 	@touch $@
 
 demo: install
@@ -44,6 +55,9 @@ bench: install
 	$(PY) benchmarks/refresh.py
 	$(PY) benchmarks/growth.py
 	$(PY) benchmarks/tightness.py
+
+container-test: install
+	PYTHON=$(PY) tests/container/build.sh
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
