@@ -116,7 +116,9 @@ def test_head_norms_replace_the_projections_in_every_bound_of_queries_and_keys(m
 
 
 def check_against_one_rank(folder, start, layouts, steps=8):
-    """Training from one checkpoint in `layouts` gives one rank's losses and, from the same weights, its table."""
+    """Training from one checkpoint in `layouts` gives one rank's losses and table. Gradients are not cast to FP8, where
+    rounding would be another in each layout: each rank scales by what it sees of dO."""
+    start = [*start, *flags_of("--geoscale-backward bf16")]
     succeed([*start, *flags_of("--train-iters 0 --save", folder)])
     flags = [*start, *flags_of("--train-iters", steps, "--load", folder)]
     alone = train(flags)
@@ -125,9 +127,9 @@ def check_against_one_rank(folder, start, layouts, steps=8):
         records = train([*flags, *flags_of(extra)], ranks)
         assert records[0]["geoscale"]["digest"] == alone[0]["geoscale"]["digest"], extra
         assert column(records, "geoscale.saturated") == [0] * steps
-        assert close(column(records, "lm_loss"), column(alone, "lm_loss"), 1e-4), extra
+        assert close(column(records, "lm_loss"), column(alone, "lm_loss"), 1e-5), extra
         for name in ("sigma", "logit_bound", "amax_q", "amax_k", "amax_v"):
-            assert close(layer_column(records[-1], name), layer_column(alone[-1], name), 1e-2), (extra, name)
+            assert close(layer_column(records[-1], name), layer_column(alone[-1], name), 1e-4), (extra, name)
     return alone
 
 
@@ -139,7 +141,7 @@ SLOW = "--lr 1e-3 --lr-decay-iters 8"
 def test_qk_layernorm_trains_at_any_tensor_parallel_size(model, tmp_path):
     alone = check_against_one_rank(tmp_path, base(SLOW, QK_NORM, model=model), [(2, f"{TP2} --sequence-parallel")])
     losses = column(alone, "lm_loss")
-    assert abs(losses[-1] - losses[0]) > 1e-3 * losses[0]  # ten times what the layouts may differ by
+    assert abs(losses[-1] - losses[0]) > 1e-3 * losses[0]  # a hundred times what the layouts may differ by
 
 
 def test_qk_norm_makes_a_weight_spike_harmless_to_queries_and_keys():
