@@ -11,7 +11,7 @@ import pytest
 from tests.functional.common import base, column, read_records, train
 from tests.harness import ROOT, free_port
 
-pytestmark = pytest.mark.usefixtures("megatron")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("megatron")]
 
 STEPS = 8
 TP2 = "--tensor-model-parallel-size 2"

@@ -12,7 +12,7 @@ import torch
 
 from tests.harness import ROOT
 
-pytestmark = pytest.mark.usefixtures("megatron")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("megatron")]
 
 KEYS = {
     "scenario", "recipe", "saturated_values", "saturated_steps", "first_saturated_step", "worst_overrange",
