@@ -35,6 +35,6 @@ def megatron():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: `make test` gives whole files to its workers, and the last one should be short."""
+    """Files with slow tests come first: `make test` gives its workers whole files, and the last one should be short."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
