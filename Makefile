@@ -8,8 +8,6 @@ STAMP := $(VENV)/.installed
 TE_VERSIONS := 2.9.0 2.11.0 2.16.1 2.20.2
 # Megatron-Bridge's own files, whose dependencies need CUDA: for tests/distributed/test_megatron_bridge.py.
 BRIDGE_VERSION := 0.3.1
-# Of tests: one more than cores, since many wait for other processes, and at most four, for their memory.
-WORKERS = $(shell $(PY) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
@@ -47,7 +45,7 @@ demo: install
 	$(PY) tools/demo.py
 
 test: install
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: install
 	$(PY) -m ruff check .
