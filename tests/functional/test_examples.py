@@ -34,8 +34,10 @@ def run(path, *arguments, **environment):
 
 
 @pytest.fixture
-def command(tmp_path):
-    """`command(model, *arguments, **environment)`: the words that the script gives to torchrun."""
+def command(tmp_path, monkeypatch):
+    """`command(model, *arguments, **environment)`: the words that the script gives to torchrun. It runs in `tmp_path`,
+    where it makes the directories that it is given."""
+    monkeypatch.chdir(tmp_path)
     fake = tmp_path / "torchrun"
     fake.write_text(f"""#!/usr/bin/env bash
 printf '%s\\0' "$@" > '{tmp_path}/words'
