@@ -1,16 +1,7 @@
 #!/usr/bin/env bash
-# Converts a Hugging Face Llama-2-70B into a checkpoint that train_llama2_70b.sh goes on from.
-#
-#   convert.sh HF_DIR CHECKPOINT_PATH [convert_hf.py's flags, which win]
-#
-# HF_DIR holds config.json, safetensors and the tokenizer's files; CHECKPOINT_PATH is new. The weights load under any
-# layout, the sizes here decide how the vocabulary is padded.
+# Converts a Hugging Face Llama-2-70B into a checkpoint that train_llama2_70b.sh goes on from. Usage: ../_convert.sh.
 set -euo pipefail
-if (($# < 2)); then
-    echo "usage: ${0##*/} HF_DIR CHECKPOINT_PATH [FLAG...]" >&2
-    exit 2
-fi
-ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
+# shellcheck source=examples/_convert.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/../_convert.sh" "$@"
 
-exec "${PYTHON:-python3}" "$ROOT/tools/convert_hf.py" import "$1" "$2" --dtype bf16 \
-    --tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 --seq-length 4096 "${@:3}"
+convert --tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 --seq-length 4096
